@@ -84,6 +84,7 @@ class TrainState:
     best_checkpoint: str | None = None  # "checkpoint-120", a folder of output_dir
     early_stopping_best: float | None = None  # of metric_for_best_model, over all evaluations
     early_stopping_counter: int = 0  # evaluations in a row that were not better by early_stopping_threshold
+    reward_mean: float = 0.0  # of the pairs of all steps so far, each step counting once: dpo.py's bco_shift
     log_history: list = dataclasses.field(default_factory=list)  # the last 20 log lines
 
 

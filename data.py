@@ -33,14 +33,13 @@ import argparse
 import dataclasses
 import re
 import sys
-from array import array
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
+from distributed.record_shares import RecordShare
 from formats.chat import encode_conversation, load_chat_template
 from formats.files import UserError, readers_may_leave
 from formats.megatron import Corpus, build_corpus
@@ -183,22 +182,19 @@ class TokenizedRecords:
 
     def _read(self, reader: RecordReader, encode: Callable, parts: int, nothing_left: str) -> None:
         """encode(record, where) -> the record as lists of ids, so many as `parts`, or the reason to drop it."""
-        self.reader, self.files, self.why_dropped = reader, reader.files, Counter()
-        tokens, ends, places = array("i"), array("q", [0]), array("q")  # places: file number, byte offset, line number
-        for place, where, record in reader:
-            try:
-                lists = encode(record, where)
-            except UserError as error:
-                raise with_place(error, where) from None
-            if isinstance(lists, str):
-                self.why_dropped[lists] += 1
-                continue
-            for ids in lists:
-                tokens.extend(ids)
-                ends.append(len(tokens))
-            places.extend(place)
+        self.reader, self.files, share = reader, reader.files, RecordShare.of_run()
+        for number, (place, where, record) in enumerate(reader):
+            if share.has(number):
+                try:
+                    share.add(number, place, encode(record, where))
+                except UserError as error:
+                    raise with_place(error, where) from None
+        share.not_learned = self.not_learned
+        share.exchange(parts)
+        self.not_learned, places = share.not_learned, share.places
+        self.why_dropped = {reason: count for reason, (count, _) in share.dropped.items()}
         self.dropped, self.replaced = sum(self.why_dropped.values()), reader.replaced
-        if not places:
+        if not len(places):
             expected = "the file is empty; records are expected, see docs/data.md"
             if reader.options.val_size is not None and not self.dropped:
                 side = "dev" if reader.wants_held_out else "train"
@@ -208,8 +204,9 @@ class TokenizedRecords:
             elif self.dropped:  # whatever the lengths
                 expected = f"none of the {self.dropped} records can be learned: {', '.join(self.why_dropped)}"
             raise UserError(f"{self.files[0]}: {expected}")
-        self._tokens, self._places = np.frombuffer(tokens, np.int32), np.frombuffer(places, np.int64).reshape(-1, 3)
-        self._ends = np.frombuffer(ends, np.int64)
+        # places: file number, byte offset, line number
+        self._tokens, self._places = share.tokens, places.reshape(-1, 3)
+        self._ends = np.concatenate([[0], np.cumsum(share.sizes)])
         sizes = np.bincount(reader.source_of_file[self._places[:, 0]], minlength=len(reader.weights))
         self.numbers = blend_records(sizes.tolist(), reader.weights)
         self.lengths = (np.diff(self._ends[::parts])[self.numbers] - 1).astype(np.int32)  # positions: tokens less one

@@ -74,6 +74,7 @@ class Args(LoraArgs):
     label_smoothing: float = 0.0  # expected share of pairs whose labels are wrong
     simpo_gamma: float = 0.5  # simpo: margin that the rewards of a pair should have
     dpop_lambda: float = 50.0  # dpop: weight of a chosen reply less likely than under the reference
+    bco_shift: bool = False  # bco_pair: rewards are compared with their mean over all steps so far
     discopop_tau: float = 0.05  # discopop: temperature of the change from one loss to the other
     ld_alpha: float | None = None  # weight of a reply's tokens beyond the length of the pair's shorter one (LD-DPO)
     pref_loss_ratio: float = 1.0  # weight of the preference loss; orpo's lambda
@@ -173,6 +174,8 @@ class Args(LoraArgs):
             raise UserError(f"label_smoothing: loss_type {names[0]} has none; {', '.join(smoothed)} have it")
         if "exo_pair" in names and not self.label_smoothing:
             raise UserError("label_smoothing: 0.0; exo_pair takes the logarithm of it: set a small one, 0.001")
+        if self.bco_shift and "bco_pair" not in names:
+            raise UserError(f"bco_shift: loss_type {names[0]} has no shift; bco_pair has it")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise UserError(f"ld_alpha: {self.ld_alpha}; it must be between 0 and 1")
         if self.ld_alpha is not None and self.is_unpaired:
@@ -294,7 +297,7 @@ def main(args: Args) -> None:
     trainer.check_trainable(model, args.model_name_or_path)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     check_lengths(model, args)
-    dev_reference = before = moving = None
+    dev_reference = before = moving = state = None
     if dev and not args.reference_free:
         dev_batches = trainer.eval_batches(dev, args.max_evaluate_steps), not args.disable_tqdm, args.ld_alpha, topology
         dev_reference = precompute_reference_logps(model, dev, *dev_batches)
@@ -308,7 +311,7 @@ def main(args: Args) -> None:
         if moving is not None:
             moving.follow(model, state.step)
             base = precompute_reference_logps(moving.model, dev, *dev_batches)
-        return evaluate_pairs(model, dev, base, args, topology)
+        return evaluate_pairs(model, dev, base, args, topology, state.reward_mean if state else 0.0)
 
     if args.do_train:
         # ================================================================== 3. reference, adapter, optimizer, log
@@ -335,7 +338,7 @@ def main(args: Args) -> None:
             """What the means are over: pairs, and tokens of chosen replies. First, what the step's losses need."""
             if moving is not None:
                 moving.follow(model, state.step)
-            prepare_step(model, batches, reference, args, topology, moving)
+            prepare_step(model, batches, reference, args, topology, moving, state)
             return pair_counts(batches)
 
         def loss_of(losses, batch, size):

@@ -22,6 +22,7 @@ import parallel
 import trainer
 from adapters import adapter_disabled
 from alignment.preference_losses import UNPAIRED_LOSSES
+from checkpoint import TrainState
 from data import PreferenceLoader
 from formats.files import UserError
 from model import CausalLM
@@ -55,14 +56,15 @@ def loss_and_metrics(
     args: object,
     of_step: dict[str, np.ndarray] | None = None,
     sft_logps: Tensor | None = None,
+    shift: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """A batch's part of the loss of all pairs that `counts` counts, and of METRICS.
 
     policy, reference (N, 2): summed log-probabilities of the batch's replies; reply_tokens (N, 2): their tokens.
     loss = pref_loss_ratio · mean over pairs + sft_loss_ratio · mean over tokens of chosen replies of -log p.
     of_step: step_values() of the batch's pairs; None: the batch has all pairs. sft_logps (N,): of the chosen replies,
-    where they are not policy's. Rewards are β (policy - reference); equal ones count one half. Log-probabilities are
-    those that the (first) loss compares.
+    where they are not policy's. shift: the mean reward that bco_shift subtracts. Rewards are β (policy - reference);
+    equal ones count one half. Log-probabilities are those that the (first) loss compares.
     """
     assert policy.shape == reference.shape and policy.shape[1] == 2, (policy.shape, reference.shape)
     pairs, chosen_tokens = counts
@@ -76,6 +78,8 @@ def loss_and_metrics(
         ratios, extra = logps - given, {key: getattr(args, key) for key in loss.extra_keys}
         if loss.of_step is not None:
             extra |= {key: paddle.to_tensor(value) for key, value in of_step[loss.of_step.__name__].items()}
+        if loss.has_shift:
+            extra["shift"] = shift
         preference += weight * loss.fn(ratios[:, 0], ratios[:, 1], args.beta, **extra).sum() / pairs
         shown = shown or (logps.numpy(), args.beta * ratios.numpy())
     logps, rewards = shown
@@ -127,7 +131,7 @@ def batch_loss(
         loss, metrics = unpaired_loss_and_metrics(policy, reference, batch, counts, args)
     else:
         sft = None if args.ld_alpha is None else sum_of_replies(losses, batch)[:, 0]
-        given = batch["reply_tokens"], counts, args, batch.get("of_step"), sft
+        given = batch["reply_tokens"], counts, args, batch.get("of_step"), sft, batch.get("shift", 0.0)
         loss, metrics = loss_and_metrics(policy, reference, *given)
     if auxiliary:
         apart = np.flatnonzero(batch["labels"] == -100)
@@ -316,12 +320,13 @@ def prepare_step(
     args: object,
     topology: Topology = SINGLE,
     moving: MovingReference | None = None,
+    state: TrainState | None = None,
 ) -> None:
     """Puts into this rank's micro-batches of a step what their losses cannot compute alone.
 
     "reference_logps": of a reference that moves. "of_step": step_values() of all pairs of the step, over micro-batches
     and ranks, which takes one more pass of the policy, without gradients; a step of one micro-batch needs none. "kl":
-    mismatched_kl() of the step.
+    mismatched_kl() of the step. "shift", with bco_shift: state.reward_mean, to which this step is added.
     """
 
     def outputs(losses, batch):
@@ -339,7 +344,7 @@ def prepare_step(
             batch["kl"] = kl
         return
     needs_all_pairs = any(loss.of_step is not None for _, loss in args.losses)
-    if not needs_all_pairs or len(batches) * topology.data_size == 1:
+    if not args.bco_shift and (not needs_all_pairs or len(batches) * topology.data_size == 1):
         return
     found = []
     with trainer.eval_mode(model):
@@ -350,6 +355,11 @@ def prepare_step(
     local = np.concatenate([logps[:count] for logps, count in zip(found, pairs)])
     everywhere, start = gather_pairs(local, topology)
     values = step_values(everywhere[:, :2], everywhere[:, 2:], args)
+    if args.bco_shift:
+        mean = args.beta * float((everywhere[:, :2] - everywhere[:, 2:]).mean())
+        state.reward_mean += (mean - state.reward_mean) / (state.step + 1)
+        for batch in batches:
+            batch["shift"] = state.reward_mean
     for batch, count, logps in zip(batches, pairs, found):
         rows = slice(start, start + count) if count else slice(0, 1)
         batch["of_step"] = values_of(values, rows)
@@ -380,9 +390,15 @@ def mismatched_kl(
 
 
 def evaluate_pairs(
-    model: CausalLM, loader: PreferenceLoader, precomputed: np.ndarray | None, args: object, topology: Topology = SINGLE
+    model: CausalLM,
+    loader: PreferenceLoader,
+    precomputed: np.ndarray | None,
+    args: object,
+    topology: Topology = SINGLE,
+    shift: float = 0.0,
 ) -> dict:
-    """{"eval_loss", "eval_rewards/accuracies" (also as eval_accuracy), …, "eval_pairs"}: means of pairs or replies."""
+    """{"eval_loss", "eval_rewards/accuracies" (also as eval_accuracy), …, "eval_pairs"}: means of pairs or replies.
+    shift: of loss_and_metrics()."""
     indices = trainer.eval_batches(loader, args.max_evaluate_steps)
     counts = pair_counts(loader.batch(*index) for index in indices)
 
@@ -404,7 +420,7 @@ def evaluate_pairs(
             reference = reference_logps(model, batch, precomputed, args)
             if is_real:
                 kept = {name: batch[name] for name in names if name in batch}
-                parts.append((losses, {**kept, "kl": kl}, reference))
+                parts.append((losses, {**kept, "kl": kl, "shift": shift}, reference))
                 logps.append(np.concatenate([policy.numpy(), reference.numpy()], 1))
         loss, sums = 0.0, dict.fromkeys(UNPAIRED_METRICS if args.is_unpaired else METRICS, 0.0)
         if not args.is_unpaired:

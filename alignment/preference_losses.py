@@ -99,9 +99,10 @@ def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -F.log_sigmoid(beta * chosen) - 0.5 * pushed_down
 
 
-def bco_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """BCO: -log σ(β c) - log σ(-β r). Jung et al., arXiv 2404.04656, without the reward shift δ, as TRL 1.16 has it."""
-    return -F.log_sigmoid(beta * chosen) - F.log_sigmoid(-beta * rejected)
+def bco_pair_loss(chosen: Tensor, rejected: Tensor, beta: float, shift: float = 0.0) -> Tensor:
+    """BCO: -log σ(β c - δ) - log σ(-(β r - δ)). Jung et al., arXiv 2404.04656; the shift δ is the mean reward of all
+    pairs so far, as in TRL 0.24; 0, as in TRL 1.16, without bco_shift."""
+    return -F.log_sigmoid(beta * chosen - shift) - F.log_sigmoid(shift - beta * rejected)
 
 
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -200,6 +201,7 @@ class Loss:
     extra_keys: tuple[str, ...] = ()  # keys of Args that fn takes besides beta
     of_step: Callable | None = None  # what fn needs of all pairs of a step
     only_margin: bool = False  # depends on c - r only, so that a reference to which all replies are equal makes sense
+    has_shift: bool = False  # fn takes the mean reward of all pairs so far
 
 
 _SMOOTHED = {"extra_keys": ("label_smoothing",)}
@@ -216,7 +218,7 @@ LOSSES = {
     "dpop": Loss(dpop_loss, extra_keys=("dpop_lambda",)),
     "sppo_hard": Loss(sppo_hard_loss),
     "nca_pair": Loss(nca_pair_loss),
-    "bco_pair": Loss(bco_pair_loss),
+    "bco_pair": Loss(bco_pair_loss, has_shift=True),
     "apo_zero": Loss(apo_zero_loss),
     "apo_down": Loss(apo_down_loss),
     "aot": Loss(aot_loss, of_step=aot_shift, **_SMOOTHED),

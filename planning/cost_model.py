@@ -75,6 +75,7 @@ class Machine:
     fused_attention: bool = True  # else scores are in memory
     measured: dict[str, tuple[float, float]] | None = None  # {collective of Axis: (α, β)} where a probe has them
     stored_bytes: int = 4  # of an element of activations, and of weights that stage 3 gathers: float32 here
+    cards: int | None = None  # of a node's network that one collective uses; None: those of its ranks there
 
     @staticmethod
     def of_gpus(peak_flops: float, interconnect: str) -> "Machine":
@@ -128,7 +129,7 @@ class Machine:
         here = sum(rank // self.ranks_per_node == node for rank in ranks)
         if here == len(ranks):
             return self.node_latency, self.node_bandwidth
-        return self.network_latency, min(self.node_bandwidth, here * self.network_bandwidth)
+        return self.network_latency, min(self.node_bandwidth, min(here, self.cards or here) * self.network_bandwidth)
 
     def of(self, name: str, ranks: tuple[int, ...]) -> tuple[float, float]:
         """(α, β) of a collective between these ranks: measured, or those of the link."""

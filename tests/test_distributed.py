@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -179,6 +181,18 @@ def test_a_killed_rank_is_named(base, rank):
         -3000:
     ]
     assert "Traceback" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [5, 40])
+def test_a_bad_record_ends_all_processes(base, line, tmp_path):
+    """The processes tokenize 32 records each in turn; one of them meets it."""
+    rows = [{"src": f"color {i}", "tgt": "red"} if i + 1 != line else {"src": 7, "tgt": "red"} for i in range(70)]
+    (tmp_path / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = set(Path(tempfile.gettempdir()).glob("records-*"))
+    text, code, _ = console(start(base, None, "--tensor_parallel_degree=2", f"--dataset_name_or_path={tmp_path}"), base)
+    assert code == 2 and f"error: rank {int(line > 32)}: {tmp_path}/train.json:{line}: " in text, text[-3000:]
+    assert "Traceback" not in text and set(Path(tempfile.gettempdir()).glob("records-*")) <= before
 
 
 def status(waits=(), idle=0.0, silent=(), at=""):

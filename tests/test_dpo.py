@@ -44,6 +44,7 @@ import model as M
 import trainer
 from alignment import preference, preference_data, preference_losses
 from arguments import parse_args
+from checkpoint import TrainState
 from formats.chat import ChatTemplate, load_chat_template
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
@@ -648,6 +649,26 @@ def test_a_loss_of_all_pairs_does_not_depend_on_micro_batches(loss_type):
         assert np.abs(of_one[name] - of_several[name]).max() < 1e-5 * max(1, np.abs(of_one[name]).max()), name
 
 
+def test_the_shift_of_bco_is_the_mean_reward_of_all_steps():
+    """Three steps of different pairs in one or two micro-batches, against the formula with TRL 0.24's running mean."""
+    model, args = opened(), dpo.Args(loss_type="bco_pair", bco_shift=True, beta=0.3)
+    state, means, generator = TrainState(), [], np.random.default_rng(0)
+    for lengths, rows_of in (((4, 5, 9), [[0, 1]]), ((11, 2, 4), [[0], [1]]), ((6, 3, 1), [[1], [0]])):
+        pairs, base = random_pairs(lengths, (2, 7, 3)), generator.normal(-15, 3, (2, 2))
+        batches = [collated(pairs, [row], 80) for row in rows_of]
+        preference.prepare_step(model, batches, base, args, state=state)
+        counts, total, rewards = preference.pair_counts(batches), 0.0, []
+        for batch in batches:
+            losses, reference = model(**preference.model_inputs(batch)), base[np.concatenate(batch["sample_ids"])]
+            total += float(preference.batch_loss(losses, batch, paddle.to_tensor(reference), counts, args)[0])
+            rewards.append(0.3 * (preference.reply_logps(model, batch).numpy() - reference))
+        means.append(np.concatenate(rewards).mean())
+        (c, r), shift = np.concatenate(rewards).T, np.mean(means)
+        assert total == pytest.approx((-np.log(sigma(c - shift)) - np.log(sigma(shift - r))).mean(), rel=1e-5)
+        assert state.reward_mean == pytest.approx(shift, rel=1e-5)
+        state.step += 1
+
+
 def test_a_moving_reference_follows_the_policy(world, tmp_path, capfd):
     """A hard update makes reference and policy equal again; a soft one goes its share of the way."""
     run(keys_of(world, tmp_path / "hard", ref_model_update_steps=2, learning_rate=3e-3))
@@ -780,6 +801,15 @@ def test_the_balance_of_experts_is_added(tmp_path):
         assert np.abs(found[name] - expected[name]).max() < 1e-5 * max(1, np.abs(expected[name]).max()), name
 
 
+@pytest.mark.parametrize("algo", ["nf4", "weight_only_int8"])
+def test_an_adapter_of_a_quantized_base_learns_its_pairs(algo, world, tmp_path):
+    """The reference is the quantized base: policy and reference are equal before the first step."""
+    keys = {"weight_quantize_algo": algo, "lora": True, "lora_rank": 4, "per_device_train_batch_size": 20}
+    run(keys_of(world, tmp_path / "out", **keys))
+    found = rows(tmp_path / "out")
+    assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and found[-1]["loss"] < found[0]["loss"] - 0.05
+
+
 def test_a_prefix_learns_its_pairs(world, tmp_path):
     """The reference is the model without a prefix; resuming is bit for bit."""
     keys = {"prefix_tuning": True, "num_prefix_tokens": 4, "learning_rate": 0.05, "per_device_train_batch_size": 20}
@@ -841,6 +871,7 @@ RESUMED = {
     "lora_plus": KINDS["lora"] | {"rslora_plus": True, "gradient_accumulation_steps": 2, "loss_type": "ipo"},
     "dora_simpo": KINDS["dora"] | {"loss_type": "simpo", "beta": 2.0},
     "hard_updates": {"ref_model_update_steps": 2, "loss_type": "kto"},
+    "bco_shift": {"loss_type": "bco_pair", "bco_shift": True},
     "orpo_recompute": {"loss_type": "orpo", "recompute": True},
 }
 
@@ -927,6 +958,7 @@ OF_A_STEP = {  # losses that need numbers of all pairs of a step, and a referenc
     "pairs": {"loss_type": ["kto_pair", "aot_unpaired", "aot", "sft"], "loss_weights": [1.0, 0.5, 0.5, 0.1]},
     "moving": {"ref_model_update_steps": 1, "ref_model_mixup_alpha": 0.5, "ld_alpha": 0.5},
     "kto": {"loss_type": "kto", "undesirable_weight": 1.5},
+    "bco": {"loss_type": "bco_pair", "bco_shift": True},
     "kto_lora": {"loss_type": "kto", "lora": True, "lora_rank": 4},
     "experts": {"model_name_or_path": "mixtral"},
 }
@@ -1039,6 +1071,8 @@ BAD = {  # name: (change(world, keys), what the line says)
     "smoothing": (put(label_smoothing=0.5), "label_smoothing: 0.5; it must be at least 0 and below 0.5"),
     "smoothing_of_hinge": (put(label_smoothing=0.1, loss_type="hinge"), "label_smoothing: loss_type hinge has none"),
     "nothing_to_learn": (put(pref_loss_ratio=0), "pref_loss_ratio and sft_loss_ratio are both 0"),
+    "bco_shift": (put(bco_shift=True, loss_type="hinge"), "bco_shift: loss_type hinge has no shift"),
+    "sharded_reference": (put(ref_model_update_steps=10, sharding="stage3"), "whole model beside the policy; use sh"),
     "updated_reference": (put(ref_model_update_steps=10, lora=True), "ref_model_update_steps: 10: the reference of an"),
     "pissa": (put(lora=True, pissa=True), "pissa: True: only finetune.py trains PiSSA: it changes the base weights"),
     "pissa_adapter": (pissa_adapter, "pissa: a PiSSA adapter changes the base weights"),

@@ -510,6 +510,41 @@ def test_a_silent_rank_of_1024_is_named():
     )
 
 
+# ---------------------------------------------------------------------------------------------- case 15: tokenizing
+
+
+def write_records(path, count):
+    """Conversations with pairs beside them; every seventh is dropped, as its reply is not to be learned."""
+    with open(path, "w") as file:
+        for i in range(count):
+            prompt, reply = f"color {i} " * (1 + i % 5), {"role": "assistant", "content": f"red {i * i}"}
+            record = {"messages": [{"role": "user", "content": prompt}, {**reply, "weight": int(i % 7 != 3)}]}
+            pair = {"prompt": prompt, "chosen": f"blue {i}", "rejected": "blue 5" if i % 9 else f"blue {i}"}
+            file.write(json.dumps(record if "sft" in path.name else pair) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["sft", pytest.param("pairs", marks=SLOW), pytest.param("replies", marks=SLOW)])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=SLOW)])
+def test_a_record_is_tokenized_by_one_process_of_a_machine(kind, processes, request, tmp_path):
+    """Bit for bit what one process reads: a blend of two files, the second of fewer records than a block."""
+    a, b = (write_records(tmp_path / f"{kind}-{count}.json", count) for count in (150, 20))
+    source, ranks = f"0.9 {a} 0.1 {b}", request.getfixturevalue({2: "two", 4: "four"}[processes])
+    whole, *wanted = jobs_checkpoint.tokenize(source, kind)
+    found = ranks.run("jobs_checkpoint:tokenize", source, kind, timeout=60)
+    encodes = [count for count, *_ in found]
+    assert sum(encodes) == whole == 170 and max(encodes) <= {2: 96, 4: 64}[processes]
+    assert all(list(rest) == wanted for _, *rest in found)
+    assert kind == "replies" or wanted[1][1] > 0  # dropped
+
+
+def test_processes_without_a_folder_in_common_tokenize_everything(two, tmp_path):
+    source = write_records(tmp_path / "sft.json", 40)
+    assert [rank[0] for rank in two.run("jobs_checkpoint:tokenize", source, "sft", timeout=60)] == [32, 8]
+    found = two.run("jobs_checkpoint:without_temporary_folders", source, timeout=60)
+    assert [rank[0] for rank in found] == [40, 40] and found[0] == found[1] == jobs_checkpoint.tokenize(source, "sft")
+
+
 # ---------------------------------------------------------------------------------------------- kills
 
 

@@ -3,7 +3,7 @@
 python -m pytest tests/test_plan_published.py -s          # -s prints the tables of docs/plan.md
 
 Nothing is fitted: A100s of 312 TFLOP/s with NVLink and 200 Gbit/s of InfiniBand each, and 16-bit activations as these
-systems store them.
+systems store them. Where the published figures were looked up: docs/plan.md.
 """
 
 import dataclasses
@@ -26,6 +26,9 @@ from planning.simulate import play_step
 
 A100 = dataclasses.replace(Machine.of_gpus(312e12, "nvlink8+200Gb"), stored_bytes=2)
 UNFUSED = dataclasses.replace(A100, fused_attention=False)  # before flash attention
+# DeepSpeed's stage 3 of 2021: its published steps on 768 and 1,536 GPUs take 67 s, whatever they compute, for 1.05 TB
+# that a rank is sent in one. That is 16 GB/s: less than one of a node's eight network cards (25 GB/s) carries.
+ONE_CARD = dataclasses.replace(UNFUSED, cards=1)
 KEYS = {
     "device": "gpu", "bf16": False, "lora": False, "no_recompute_layers": None, "recompute": False,
     "recompute_granularity": "full",
@@ -138,21 +141,24 @@ def test_weak_scaling_of_megatron():
 
 
 def test_megatron_against_zero():
-    published, found = [], []
+    published, found, all_cards = [], [], []
     for model, tp, pp, gpus, rows, batch_size, achieved in AGAINST_ZERO:
         zero = tp == 1
         degrees = Degrees(sharding=gpus, stage=3) if zero else Degrees(tp=tp, pp=pp, dp=gpus // (tp * pp))
-        step = seconds(gpt(*model), 2048, degrees, batch_size, rows, "full")
         published.append(achieved)
-        found.append(flops(*model, rows) / gpus / 1e12 / step)
+        for machine, rates in ((ONE_CARD if zero else UNFUSED, found), (UNFUSED, all_cards)):
+            step = seconds(gpt(*model), 2048, degrees, batch_size, rows, "full", machine)
+            rates.append(flops(*model, rows) / gpus / 1e12 / step)
     names = [
         f"{D} x {L}, {'stage 3' if tp == 1 else f'tensor {tp}, pipeline {pp}'}, {gpus} GPUs"
         for (_, D, L), tp, pp, gpus, *_ in AGAINST_ZERO
     ]
-    report("Megatron, table 2: TFLOP/s a GPU", names, published, found, "TFLOP/s")
-    # Of each kind the order is right; between them it is not: DeepSpeed's stage 3 of 2021 was slower than its bytes.
-    assert spearman(published[:6], found[:6]) > 0.9 and spearman(published[6:], found[6:]) > 0.9
-    assert found[2] < found[8] and found[5] < found[11]  # on the most GPUs
+    report("Megatron, table 2: TFLOP/s a GPU", names, published, found, "TFLOP/s; stage 3 with one card of a node")
+    print(f"with all cards: {', '.join(f'{rate:.1f}' for rate in all_cards[:6])}; {spearman(published, all_cards):.3f}")
+    assert spearman(published, found) > 0.95 and max(found[:6]) < min(found[6:])
+    for rates in (found, all_cards):
+        assert spearman(published[:6], rates[:6]) > 0.9 and spearman(published[6:], rates[6:]) > 0.9
+    assert all_cards[2] < all_cards[8] and all_cards[5] < all_cards[11]  # on the most GPUs
 
 
 def test_recompute_and_sequence_parallelism():

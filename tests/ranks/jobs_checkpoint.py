@@ -231,3 +231,37 @@ def find(folder, degrees, path=True):
             )
     except UserError as error:
         return None, str(error)
+
+
+def tokenize(source, kind):
+    """(records that this process has tokenized, arrays of the data set, what it counts)"""
+    from formats.tokenizer import load_tokenizer
+
+    tokenizer, encodes = load_tokenizer(Path(__file__).resolve().parents[2] / "demo" / "llama"), [0]
+    room, name, *limits = {
+        "sft": ("data", "SFTDataset", 20, 44),
+        "pairs": ("data", "PreferenceDataset", 60, 30),
+        "replies": ("alignment.preference_data", "UnpairedDataset", 60, 30),
+    }[kind]
+    cls = getattr(importlib.import_module(room), name)
+
+    class Counted(cls):
+        def _encode(self, *args):
+            encodes[0] += 1
+            return super()._encode(*args)
+
+    dataset = Counted(source, tokenizer, *limits)
+    arrays = dataset._tokens, dataset._ends, dataset._places, dataset.numbers, dataset.lengths
+    counts = list(dataset.why_dropped.items()), dataset.dropped, dataset.not_learned
+    return encodes[0], [(array.dtype.name, array.tolist()) for array in arrays], counts
+
+
+def without_temporary_folders(source):
+    """tokenize() where a machine has no place for them."""
+    import distributed.record_shares
+
+    make, distributed.record_shares._make_folder = distributed.record_shares._make_folder, lambda: None
+    try:
+        return tokenize(source, "sft")
+    finally:
+        distributed.record_shares._make_folder = make
