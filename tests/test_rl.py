@@ -731,14 +731,14 @@ def test_a_reward_server_is_asked_in_paddlenlps_json(world, tmp_path, capfd):
     assert re.search(r"reward_server: http\S+: .*refused.*score", fails(rl, [path], capfd))
 
 
-@pytest.mark.parametrize("generate_by", ["engine", "naive"])
-def test_the_benchmark_runs(generate_by, monkeypatch, tmp_path, capfd):
+@pytest.mark.parametrize("peer", ["ours", "naive"])
+def test_the_benchmark_runs(peer, monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("PEERS", str(tmp_path))  # no models there: the weights are drawn
     tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setitem(bench_rl.bench_train.SHAPES, "B", tiny | {"intermediate_size": 48, "vocab_size": 101})
-    command = ["--config", "B", "--prompt", "9", "--new", "3", "--reps", "1", "--generate", generate_by]
+    command = ["--config", "B", "--prompt", "9", "--new", "3", "--reps", "1", *(["--naive"] if peer == "naive" else [])]
     result = bench_rl.main(command)
-    assert result["seconds"]["n"] == 1 and result["generate"] > 0
+    assert result["seconds"]["n"] == 1 and result["generate"] > 0 and result["peer"] == peer
     assert json.loads(capfd.readouterr().out.splitlines()[-1]) == result
 
 

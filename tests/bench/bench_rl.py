@@ -1,12 +1,13 @@
-"""One GRPO step: generate, reward, update. Ours, and TRL's with another Python.
+"""One GRPO step: generate, reward, update. Ours, ours without the engine, or TRL's; one after the other, not at once.
 
-    python tests/bench/bench_rl.py --config B                             # 4 prompts of 128 ids x 8 replies of 128 ids
-    python tests/bench/bench_rl.py --config A --prompt 512 --trl ~/.cache/llm-peers/hf/bin/python    # both, turn about
+    python tests/bench/bench_rl.py --config A                             # 4 prompts of 128 ids x 8 replies of 128 ids
+    python tests/bench/bench_rl.py --config A --naive                     # model.generate() in place of the engine
+    python tests/bench/bench_rl.py --config A --trl ~/.cache/llm-peers/hf/bin/python              # TRL's GRPOTrainer
 
 Models, shapes and threads are those of bench_train.py (random weights: the speed does not depend on them). All weights
 are trained in float32, one update a rollout, no KL, no end token, so that every reply has --new ids. TRL generates with
-transformers, as it does on a CPU. --generate naive: ours with model.generate() in place of the engine, and one
-sequence a row, to see what the engine and packing are worth. The last line is one JSON object; `seconds` is of a step.
+transformers, as it does on a CPU. One step warms up, --reps are measured. The last line is one JSON object with the
+same keys in all three: `seconds` of a step, `generate` of them in generation, and the process's peak memory.
 """
 
 import argparse
@@ -57,7 +58,15 @@ words.pre_tokenizer = pre_tokenizers.Whitespace()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w1", eos_token="w2")
 model = LlamaForCausalLM(LlamaConfig(**given["config"], pad_token_id=0, bos_token_id=1, eos_token_id=None))
 prompts = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in given["prompts"]]
-times = []
+times, generated = [], []
+generate = model.generate
+
+def timed_generate(*args, **kwargs):
+    start = time.perf_counter()
+    try: return generate(*args, **kwargs)
+    finally: generated.append(time.perf_counter() - start)
+
+model.generate = timed_generate
 
 class Timed(GRPOTrainer):
     def training_step(self, *args, **kwargs):
@@ -73,8 +82,8 @@ args = GRPOConfig(output_dir="/tmp/trl_grpo", use_cpu=True, bf16=False, report_t
 trainer = Timed(model, reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
     args=args, train_dataset=Dataset.from_list(prompts * 8), processing_class=tokenizer)
 trainer.train()
-lengths = trainer._metrics["train"]["completions/mean_length"]
-print(json.dumps({"seconds": times[1:], "mean_length": lengths[-1] if lengths else None,
+assert set(trainer._metrics["train"]["completions/mean_length"]) <= {float(given["new"])}
+print(json.dumps({"seconds": times[1:], "generate": generated[1:],
                   "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}))
 """
 
@@ -122,7 +131,7 @@ def naive_groups(maker):
 
 
 def ours(options):
-    """[seconds of each step after a warm-up], and what is known of them."""
+    """{"seconds", "generate": of each step after a warm-up, "peak_rss_mb"}"""
     kernels.configure("cpu", "auto", False)
     paddle.base.core.set_num_threads(THREADS)
     model, _ = bench_train.load_model(options.config)
@@ -141,10 +150,10 @@ def ours(options):
     dataset = Prompts(options.config, options.prompt)
     engine = rollouts.make_engine(args, model, tokenizer, dataset, None, SINGLE)
     maker = rollouts.RolloutMaker(args, model, tokenizer, dataset, functions, SINGLE, engine)
-    if options.generate == "naive":
+    if options.naive:
         maker._generate = naive_groups(maker)
     policy, weights = Policy(model, 1.0), trainable_weights(model)
-    optimizer, seconds, parts = trainer.AdamW(weights, args), [], []
+    optimizer, seconds, generated = trainer.AdamW(weights, args), [], []
     model.train()
     for number in range(options.reps + 1):
         start = time.perf_counter()
@@ -158,9 +167,10 @@ def ours(options):
         optimizer.step(args.learning_rate, clip)
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-        parts.append(rollout.metrics["time/generate"])
+        generated.append(rollout.metrics["time/generate"])
     assert rollout.metrics["completions/mean_length"] == options.new, rollout.metrics
-    return seconds[1:], {"generate": round(statistics.median(parts[1:]), 3)}
+    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return {"seconds": seconds[1:], "generate": generated[1:], "peak_rss_mb": peak}
 
 
 def trl(options):
@@ -183,18 +193,16 @@ def main(argv=None):
     parser.add_argument("--config", default="A", choices=list(bench_train.SHAPES))
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--generate", default="engine", choices=["engine", "naive"])
-    parser.add_argument("--trl", help="a Python with TRL")
+    parser.add_argument("--reps", type=int, default=1, help="measured steps, after one that warms up")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--naive", action="store_true", help="generate by model.generate(), as one batch")
+    kind.add_argument("--trl", metavar="PYTHON", help="a Python with TRL, whose trainer is measured in place of ours")
     options = parser.parse_args(argv)
-    seconds, more = ours(options)
-    result = {"peer": "ours", "task": "grpo", "config": options.config, "prompt": options.prompt, "new": options.new}
-    result |= {"generate_by": options.generate, "threads": THREADS, "seconds": bench_train.summary(seconds), **more}
-    result["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    if options.trl:
-        theirs = trl(options)
-        result["trl"] = {**theirs, "seconds": bench_train.summary(theirs["seconds"])}
-        result["ratio"] = round(result["trl"]["seconds"]["median"] / result["seconds"]["median"], 2)
+    found = trl(options) if options.trl else ours(options)
+    peer = "trl" if options.trl else "naive" if options.naive else "ours"
+    result = {"peer": peer, "task": "grpo", "config": options.config, "prompt": options.prompt, "new": options.new}
+    result |= {"threads": THREADS, **found, "seconds": bench_train.summary(found["seconds"])}
+    result["generate"] = round(statistics.median(found["generate"]), 3)
     print(json.dumps(result), flush=True)
     return result
 
