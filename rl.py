@@ -199,7 +199,8 @@ def main(args: Args) -> None:
             if not batch.get("is_dummy"):
                 log.add_metrics(metrics)
                 if "logps" in batch and state.step % args.updates_per_rollout == 0:
-                    rollout.differences.append(outputs["logps"].numpy().astype("float64") - batch["logps"])
+                    sampled = batch.get("sampled_logps", batch["logps"])
+                    rollout.differences.append(outputs["logps"].numpy().astype("float64") - sampled)
             return part
 
         # ================================================================== 4. training loop (the same in every script)

@@ -83,7 +83,7 @@ def correct_sampling(groups: list[Group], args: object) -> dict[str, float]:
         )
         reply.weights = weights(*limits)
         ratios.append(weights(None, math.inf))
-        reply.logps = reply.old_logps
+        reply.sampled_logps, reply.logps = reply.logps, reply.old_logps
     ratios = np.concatenate(ratios)
     found = {"min": ratios.min(), "mean": ratios.mean(), "max": ratios.max()}
     return {f"sampling/importance_sampling_ratio/{name}": float(value) for name, value in found.items()}

@@ -42,6 +42,7 @@ class Reply:
     reward: float = math.nan  # nan: no function applies, so nothing is learned from it
     ref_logps: np.ndarray | None = None  # (M,) under the reference
     values: np.ndarray | None = None  # (M,) by the value head before the updates
+    sampled_logps: np.ndarray | None = None  # (M,) by the engine, if sampling is corrected and logps are the trainer's
     old_logps: np.ndarray | None = None  # (M,) by the trainer before the updates, if sampling is corrected
     weights: np.ndarray | None = None  # (M,) rl_math.sampling_weights()
     advantages: np.ndarray | None = None  # (M,)

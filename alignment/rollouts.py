@@ -509,7 +509,8 @@ class RolloutMaker:
         estimate_advantages(groups, args)
         for batches in local:
             for batch in batches:
-                attach(batch, groups, ("logps", "ref_logps", "advantages", "values", "returns", "weights"))
+                names = ("logps", "sampled_logps", "ref_logps", "advantages", "values", "returns", "weights")
+                attach(batch, groups, names)
         return Rollout(groups, local, metrics | seconds)
 
     def texts(self, step: int) -> list[dict]:

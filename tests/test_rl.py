@@ -616,8 +616,10 @@ def test_runs(kind, world, tmp_path, capfd):
         assert found[-1]["ptx_loss"] < found[0]["ptx_loss"]
     assert len(found) == 4
     for row in found:
-        limits = (1e-4, 0.1) if kind.startswith("bf16") else (1e-3, 0.3) if "int8" in kind else (1e-8, 1e-4)
+        # Rollouts of a rounded engine are apart from a float32 trainer by the rounding; a bf16 one computes the same.
+        limits = (1e-3, 0.3) if "rollouts" in kind else (1e-4, 0.1) if kind == "bf16" else (1e-8, 1e-4)
         assert row["engine_kl"] < limits[0] and row["sampling/sampling_logp_difference/max"] < limits[1]
+        assert "rollouts" not in kind or row["engine_kl"] > 1e-8  # the engine's, though the loss has the trainer's
         assert row["completions/mean_length"] <= 8 and row["reward"] < 0 and row["time/update"] > 0
     if "kl_loss_coeff" not in KINDS[kind] or KINDS[kind]["kl_loss_coeff"]:
         assert found[0]["kl"] < 1e-9 and found[-1]["kl"] > 0
