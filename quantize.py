@@ -43,7 +43,7 @@ from formats.weights import named_weights, save_pretrained
 from model import CausalLM, block_linears
 from quantization.calibration import Calibration, linear_refs, sequential_groups
 from quantization.methods import METHODS
-from quantization.mixed_bits import choose_bits, mixed_config, sensitivities
+from quantization.mixed_bits import check_size, choose_bits, mixed_config, sensitivities
 from quantization.progress import Progress
 from quantization.report import comparison_table, evaluate, formats_table, mean_bits, read_states, stored_bits
 
@@ -437,7 +437,10 @@ def main(args: Args) -> None:
     }
     if args.lora_path:
         report["bytes_before"] += weight_bytes(args.lora_path)
-    widths = {layer.n_in for *_, layer in block_linears(model).values()}
+    shapes = [(layer.n_in, layer.n_out) for *_, layer in block_linears(model).values()]
+    widths = {n_in for n_in, _ in shapes}
+    if args.is_mixed:
+        check_size(shapes, args.bits, args.group_size)
     if args.group_size != -1 and (uneven := {n_in for n_in in widths if n_in % args.group_size}):
         print(f"group_size {args.group_size} does not divide {sorted(uneven)} input rows: their last group is shorter")
 

@@ -87,21 +87,27 @@ def _short(unit):
     return first + (f" and {len(rest)} more" if rest else "")
 
 
+def check_size(shapes: list[tuple], mean_bits: float, group_size: int) -> None:
+    """UserError if linears of these shapes (n_in, n_out) have more than mean_bits a weight in the smallest format."""
+    total = sum(n_in * n_out for n_in, n_out in shapes)
+    means = {b: sum(packed_bits(*shape, b, group_size) for shape in shapes) / total for b in sorted(FORMATS)}
+    if mean_bits < min(means.values()):
+        sizes = ", ".join(f"{mean:.3f} in {bits} bits" for bits, mean in means.items())
+        raise UserError(
+            f"bits: {mean_bits:g} a weight is too small; scales and zeros counted, this model has {sizes} and "
+            f"group_size {group_size}; a larger group_size has fewer scales"
+        )
+
+
 def choose_bits(units: list[dict], mean_bits: float) -> list[int]:
     """Bits of each unit: together at most mean_bits a weight, scales and zeros counted, and as little loss as can be.
 
-    All begin with the smallest format. The step to a larger one that saves the most divergence per bit comes first,
-    until none fits: the divergences are small, and add up. UserError if the smallest formats are too large.
+    All begin with the smallest format, which must fit (check_size()). The step to a larger one that saves the most
+    divergence per bit comes first, until none fits: the divergences are small, and add up.
     """
-    total = sum(unit["weights"] for unit in units)
     formats = sorted(int(bits) for bits in units[0]["kl"])
-    means = [sum(unit["bits"][str(b)] for unit in units) / total for b in (formats[0], formats[-1])]
-    if not means[0] <= mean_bits:
-        raise UserError(
-            f"bits: {mean_bits:g} a weight is too small: scales and zeros counted, all in {formats[0]} bits have "
-            f"{means[0]:.3f} and all in {formats[-1]} bits {means[1]:.3f}; a larger group_size has fewer scales"
-        )
-    chosen, room = [formats[0]] * len(units), mean_bits * total - means[0] * total
+    chosen = [formats[0]] * len(units)
+    room = sum(mean_bits * unit["weights"] - unit["bits"][str(formats[0])] for unit in units)
     while True:
         steps = []
         for i, unit in enumerate(units):

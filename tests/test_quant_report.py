@@ -115,7 +115,7 @@ class Killed(BaseException):
 
 def same_result(one, two):
     """The models' files byte for byte, and the reports without seconds and memory."""
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     found = [report_of(folder) for folder in (one, two)]
     for report in found:
@@ -150,7 +150,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(kind, world, tmp_path, monkeypat
     with pytest.raises(Killed):
         run(keys)
     monkeypatch.undo()
-    assert (tmp_path / "out" / "tokenizer.json").is_file() and not (tmp_path / "out" / "config.json").exists()
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file() and not (tmp_path / "out" / "config.json").exists()
     capfd.readouterr()
     run(keys)
     assert "goes on behind 2 finished blocks" in capfd.readouterr().out
@@ -231,8 +231,6 @@ def test_the_choice_is_near_the_best_of_all(seed):
     every = [size_and_loss(bits) for bits in itertools.product((3, 4, 8), repeat=6)]
     assert size <= 5 and loss <= min(own for s, own in every if s <= 5 - largest)
     assert set(mixed_bits.choose_bits(units, 8)) == {8} and set(mixed_bits.choose_bits(units, 3)) == {3}
-    with pytest.raises(quantize.UserError, match="too small: scales and zeros counted, all in 3 bits have 3.000"):
-        mixed_bits.choose_bits(units, 2.9)
 
 
 def test_a_mixed_folder_is_opened_by_every_reader(world, tmp_path, monkeypatch, capfd):  # noqa: F811
@@ -284,7 +282,10 @@ def test_patterns_that_are_not_ours_are_opened_as_floats():
         ({"do_gptq": True, "bits": 4.5, "quant_type": "wint8"}, "bits 4.5 contradicts quant_type wint8"),
         ({"do_ptq": True, "bits": 4.5, "dataset_name_or_path": ""}, "bits with a fraction needs records"),
         ({"do_ptq": True, "quant_type": "weight_only_mixed"}, "weight_only_mixed"),
-        ({"do_ptq": True, "bits": 4.1, "group_size": 32}, "4.1 a weight is too small: scales and zeros counted"),
+        (
+            {"do_ptq": True, "bits": 4.1, "group_size": 32},
+            "4.1 a weight is too small; scales and zeros counted, this model has 5.",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_named(keys, expected, world, tmp_path, capfd):  # noqa: F811
