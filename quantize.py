@@ -5,8 +5,8 @@
 
 Reads a Hugging Face folder, or an adapter's (LoRA is merged first), and calibration records (see data.py: quant.json if
 it is there, else train.json; or a corpus prefix). Writes a folder of real integers that every script opens, with a
-report: error and seconds of each linear, dev perplexity and accuracy before and after, bytes. Embeddings, norms and the
-head stay floats.
+report: error, bits and seconds of each linear; on dev, perplexity, accuracy and KL divergence to the float model.
+Embeddings, norms and the head stay floats. The same command goes on after a kill (see quantization/progress.py).
 
 One pass over the model, block by block: a block's linears see the outputs of the quantized blocks before it, and an
 expert's linears see the tokens routed to it. Memory: the model (each float weight is freed when its integers are

@@ -9,6 +9,7 @@ engines that put q, k and v into one product want one format for them.
 """
 
 import re
+from collections.abc import Callable
 
 from kernels.rounding import round_to_nearest
 
@@ -32,7 +33,9 @@ def packed_bits(n_in: int, n_out: int, bits: int, group_size: int) -> float:
 
 
 @paddle.no_grad()
-def sensitivities(model: CausalLM, calibration: Calibration, args: ScriptArgs, print_line=print) -> list[dict]:
+def sensitivities(
+    model: CausalLM, calibration: Calibration, args: ScriptArgs, print_line: Callable = print
+) -> list[dict]:
     """A row per unit: linears, weights, and by format {bits: mean KL divergence in nats} and {bits: bits in the file}.
 
     The divergence is that of the model's distributions on the calibration tokens when this unit alone is rounded to

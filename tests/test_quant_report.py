@@ -14,10 +14,12 @@ import time
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT
+import tiny_models
+from conftest import ROOT, SHARED
 from test_quantize import fails, keys_of, logits, run, tiny_model, world  # noqa: F401, world is a fixture
 
 import export
+import finetune
 import model
 import quantize
 import trainer
@@ -290,3 +292,51 @@ def test_patterns_that_are_not_ours_are_opened_as_floats():
 )
 def test_sizes_that_cannot_be_are_named(keys, expected, world, tmp_path, capfd):  # noqa: F811
     assert expected in fails(keys_of(world, tmp_path / "out", **keys), capfd)
+
+
+# ------------------------------------------------------------------------------------- PaddleNLP's quantization files
+
+UPSTREAM = SHARED / "upstream" / "configs"
+FILES = """llama/gptq llama/ptq llama/awq llama/fp8_ptq llama/ptq_c8 llama/qlora llama/wint8_lora baichuan/gptq
+    baichuan/ptq baichuan/awq baichuan/qlora bloom/gptq bloom/ptq chatglm/gptq chatglm/ptq chatglm2/gptq
+    chatglm2/ptq""".split()
+MAY_BE_REFUSED = {  # what docs/quantization.md says of them, where they do not run
+    "llama/awq": "auto_clip",
+    "baichuan/awq": "auto_clip",
+    "llama/fp8_ptq": "a8w8_fp8",
+    "llama/ptq_c8": "a8w8c8",
+}
+MODELS = {  # a tiny model of the family, and the key of its vocabulary
+    "llama": ("llama", "vocab_size"),
+    "baichuan": ("baichuan2_7b", "vocab_size"),
+    "bloom": ("bloom", "vocab_size"),
+    "chatglm": ("chatglm", "vocab_size"),
+    "chatglm2": ("chatglm2", "padded_vocab_size"),
+}
+SHORT = """--src_length=48 --max_length=64 --gptq_step=1 --ptq_step=1 --smooth_step=1 --search_tokens=32
+    --search_alpha_step=0.3 --max_evaluate_steps=1 --per_device_train_batch_size=2""".split()
+SHORT_LORA = "--src_length=48 --max_length=64 --max_steps=1 --max_evaluate_steps=1 --warmup_steps=0".split()
+
+
+@pytest.mark.sweep(keep=0)
+@pytest.mark.parametrize("name", FILES)
+def test_paddlenlp_s_files_run(name, world, tmp_path, capfd):  # noqa: F811
+    """With other paths, lengths and step counts alone; or one line that names the key."""
+    if not UPSTREAM.is_dir():
+        pytest.skip("PaddleNLP's configs are not on this machine")
+    family, kind = name.split("/")
+    tiny, vocabulary = MODELS[family]
+    base = tiny_models.write(tmp_path / "base", tiny, **{vocabulary: 3072})
+    load_tokenizer(world / "base").save(base)
+    paths = {"model_name_or_path": base, "dataset_name_or_path": world / "sft", "output_dir": tmp_path / "out"}
+    flags = [f"--{key}={path}" for key, path in paths.items()]
+    lora = kind.endswith("lora")
+    script, more = (finetune, SHORT_LORA) if lora else (quantize, SHORT)
+    try:
+        trainer.run_script(script.main, script.Args, [str(UPSTREAM / f"{name}_argument.json"), *flags, *more])
+    except SystemExit:
+        line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert name in MAY_BE_REFUSED and line.startswith("error: ") and MAY_BE_REFUSED[name] in line, line
+    else:
+        opened = from_pretrained(tmp_path / "out")
+        assert lora or opened.config.quantization is not None and report_of(tmp_path / "out")["dev_after"]
