@@ -34,6 +34,7 @@ from paddle import nn
 
 from families import ModelConfig, MoEConfig, weight_names
 from formats.files import UserError
+from formats.quantization_config import bits_of
 from modules.layers import LINEARS, Embedding, Linear, Norm, QuantLinear, RNGTracker, linear_row
 from modules.layers import set_parameter as set_parameter  # for callers
 from modules.positions import (
@@ -890,22 +891,21 @@ def build(config: ModelConfig, dtype: str = "float32") -> CausalLM:
 
 def _replace_by_quant_linears(model, quantization):
     """Linears of the blocks become QuantLinear; after a shift, norms and the linears that read them have biases."""
-    only_weights, shifted = quantization["quant_method"] == "gptq", set()  # ids of linears
+    options, shifted = {key: quantization[key] for key in ("group_size", "desc_act") if key in quantization}, set()
     for block in model.layers if quantization.get("shift") else ():
         layers = dict(block.named_sublayers())
         for norm, names in shiftable_norms(block).items():
             shifted |= {id(layers[name]) for name in names}
             if layers[norm].bias is None:
                 layers[norm].add_bias()
-    for parent, attribute, layer in block_linears(model).values():
+    for path, (parent, attribute, layer) in block_linears(model).items():
         quantized = QuantLinear(
             layer.n_in,
             layer.n_out,
-            scheme=f"w{quantization['bits']}" if only_weights else "a8w8",
-            group_size=quantization.get("group_size", -1),
+            scheme=f"w{bits_of(quantization, path)}" if quantization["quant_method"] == "gptq" else "a8w8",
             bias=layer.bias is not None or id(layer) in shifted,
-            desc_act=quantization.get("desc_act", False),
             static_input=quantization.get("activation") == "per_tensor",
+            **options,
         )
         setattr(parent, attribute, quantized)
 

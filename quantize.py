@@ -5,8 +5,8 @@
 
 Reads a Hugging Face folder, or an adapter's (LoRA is merged first), and calibration records (see data.py: quant.json if
 it is there, else train.json; or a corpus prefix). Writes a folder of real integers that every script opens, with a
-report: error and seconds of each linear, dev perplexity and accuracy before and after, bytes. Embeddings, norms and the
-head stay floats.
+report: error, bits and seconds of each linear; on dev, perplexity, accuracy and KL divergence to the float model.
+Embeddings, norms and the head stay floats. The same command goes on after a kill (see quantization/progress.py).
 
 One pass over the model, block by block: a block's linears see the outputs of the quantized blocks before it, and an
 expert's linears see the tokens routed to it. Memory: the model (each float weight is freed when its integers are
@@ -24,7 +24,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
@@ -37,13 +37,18 @@ from adapters import base_folders, from_pretrained, load_adapter, merge
 from arguments import ScriptArgs
 from data import CorpusLoader, SFTDataset, SFTLoader
 from formats.files import UserError, atomic_file
+from formats.quantization_config import bits_of
 from formats.tokenizer import Tokenizer
 from formats.weights import named_weights, save_pretrained
 from model import CausalLM, block_linears
 from quantization.calibration import Calibration, linear_refs, sequential_groups
 from quantization.methods import METHODS
+from quantization.mixed_bits import check_size, choose_bits, mixed_config, sensitivities
+from quantization.progress import Progress
+from quantization.report import comparison_table, evaluate, formats_table, mean_bits, read_states, stored_bits
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
+MIXED = "weight_only_mixed"  # the quant_type of bits: 4.5
 REFUSED = {  # PaddleNLP's keys that are refused when they ask for something, and why
     "do_awq": "AWQ is not here; do_gptq: true compresses to 4 bits with calibration",
     "auto_clip": "clipping search is not here; do_gptq: true chooses ranges by their error",
@@ -73,6 +78,9 @@ class Args(ScriptArgs):
     do_ptq: bool = False  # round to nearest: weights, and with a8w8 activations
     do_gptq: bool = False  # weights by GPTQ
     quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4), a8w8; None: a8w8, GPTQ int4
+    bits: float | None = None  # weights alone, in place of quant_type: 4, 8; 4.5 mixes formats of that mean size
+    sensitivity: bool = False  # list what each part loses in each format; bits: 4.5 measures it anyway
+    sensitivity_step: int = 1  # calibration batches that the list is measured on
     weight_quant_method: str | None = None  # abs_max_channel_wise or groupwise; None: by group_size
     group_size: int | None = None  # input rows that share a scale: 64, …; -1: all; None: -1, groupwise 128
     sym: bool = True  # weights alone: zero point in the middle; false: one per group
@@ -108,22 +116,35 @@ class Args(ScriptArgs):
         if self.do_ptq == self.do_gptq:
             count = "both" if self.do_ptq else "neither"
             raise UserError(f"{count} of do_ptq and do_gptq: true; choose one")
-        if self.quant_type is None:
-            self.quant_type = "weight_only_int4" if self.do_gptq else "a8w8"
-        if self.quant_type not in BITS:
-            raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {', '.join(BITS)}")
+        self._check_bits()
         if self.do_gptq and self.quant_type == "a8w8":
             raise UserError("do_gptq quantizes weights alone: quant_type must be weight_only_int4 or weight_only_int8")
         self._check_numbers()
         self._check_weights()
         return super().check() + self._check_activations()
 
+    def _check_bits(self):
+        """quant_type and bits, which say the same, made to agree."""
+        by_bits = {bits: name for name, bits in BITS.items() if name.startswith("weight_only")}
+        if self.quant_type is None:
+            self.quant_type = "weight_only_int4" if self.do_gptq else "a8w8"
+            if self.bits is not None:
+                self.quant_type = by_bits.get(self.bits, MIXED)
+        if self.quant_type not in BITS and (self.quant_type != MIXED or self.bits is None):
+            raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {', '.join(BITS)}")
+        if self.bits is not None and self.bits != BITS.get(self.quant_type, self.bits):
+            raise UserError(f"bits {self.bits:g} contradicts quant_type {self.quant_type}; leave one of them out")
+        if self.is_mixed and not min(by_bits) < self.bits < 16:
+            raise UserError(f"bits: {self.bits:g}; it must be more than {min(by_bits)}, scales and zeros counted")
+        self.bits = self.bits if self.is_mixed else BITS[self.quant_type]
+
     @property
-    def bits(self):
-        return BITS[self.quant_type]
+    def is_mixed(self):
+        """Whether linears have several formats, whose mean size `bits` says."""
+        return self.quant_type == MIXED
 
     def _check_numbers(self):
-        steps = "gptq_step ptq_step shift_step smooth_step smooth_k_piece search_tokens"
+        steps = "sensitivity_step gptq_step ptq_step shift_step smooth_step smooth_k_piece search_tokens"
         for key in f"per_device_train_batch_size per_device_eval_batch_size {steps}".split():
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least 1")
@@ -165,8 +186,10 @@ class Args(ScriptArgs):
             raise UserError(f"{asked[0]} prepares activations: it needs quant_type: a8w8, found {self.quant_type}")
         if self.quant_type == "a8w8" and not self.dataset_name_or_path:
             raise UserError("dataset_name_or_path: missing; a8w8 is calibrated on records")
-        if (self.do_gptq or self.do_eval) and not self.dataset_name_or_path:
-            raise UserError(f"dataset_name_or_path: missing; {'do_gptq' if self.do_gptq else 'do_eval'} needs records")
+        sensitivity = "bits with a fraction" if self.is_mixed else "sensitivity"
+        needs = {"do_gptq": self.do_gptq, "do_eval": self.do_eval, sensitivity: self.sensitivity or self.is_mixed}
+        if (asked := [key for key, value in needs.items() if value]) and not self.dataset_name_or_path:
+            raise UserError(f"dataset_name_or_path: missing; {asked[0]} needs records")
         notes = []
         for key in ("smooth_all_linears", "smooth_piecewise_search"):
             if getattr(self, key) and not self.smooth:
@@ -191,6 +214,7 @@ class Args(ScriptArgs):
 # ======================================================================== quantizing the model
 
 
+FLOAT_STATES = "float_states.bin"  # of Progress: what the float model said of the dev data
 HESSIAN_BYTES = 1 << 30  # of the Hessians that are summed up in one run over the calibration data
 
 
@@ -208,45 +232,77 @@ def fit_to_memory(stage: list, refs: dict) -> list:
 
 
 @paddle.no_grad()
-def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_line: Callable = print) -> list[dict]:
+def quantize_model(
+    model: CausalLM,
+    calibration: Calibration,
+    args: Args,
+    print_line: Callable = print,
+    progress: Progress | None = None,
+    mixed: dict | None = None,
+) -> list[dict]:
     """Quantize the linears of all blocks in place, one pass; returns the report's rows, printing each.
 
-    Within a block the order is that of its computation: q, k, v, then o, then gate and up, then down.
+    progress: keeps finished blocks, and has those of a killed run. mixed: `bits` and `dynamic` of quantization_config
+    where linears have several formats.
     """
     model.eval()
-    method, report, printed = METHODS[args.method], [], set()
+    quantization, printed = quantization_config(args) | (mixed or {}), set()
+
+    def print_once(line):
+        if line not in printed:
+            print_line(line)
+        printed.add(line)
+
+    finished = progress.restore(model, quantization) if progress else []
+    report = [row for rows in finished for row in rows]
     for index, block in enumerate(model.layers):
-        refs, stages, start = linear_refs(model, index), sequential_groups(block, model.config), time.perf_counter()
-        stats = {}  # by the name of a group's first linear
-
-        def observe(groups):
-            firsts = [group.names[0] for group in groups]
-            observed = calibration.observe(block, [refs[name] for name in firsts], **method.observes(args))
-            stats.update(zip(firsts, observed))
-
-        if method.whole_block:
-            observe([group for stage in stages for group in stage])
-            for line in method.prepare_block(block, refs, stats, model.config, args):
-                if line not in printed:
-                    print_line(line)
-                printed.add(line)
-        for groups in (part for stage in stages for part in fit_to_memory(stage, refs)):
-            if not method.whole_block:
-                observe(groups)
-            for group in groups:
-                group_stats = stats.pop(group.names[0])
-                shared = method.prepare(group_stats, args)
-                for name in group.names:  # the time of what linears share is in the first one's row
-                    shape = [refs[name].layer.n_in, refs[name].layer.n_out]
-                    error, damping = method.quantize(refs[name], group_stats, shared, args)
-                    now = time.perf_counter()
-                    row = {"linear": refs[name].path, "shape": shape, "error": error, "damping": damping}
-                    report.append({**row, "seconds": round(now - start, 3)})
-                    print_line(report_line(report[-1], args.percdamp))
-                    start = now
+        if index >= len(finished):
+            rows = []
+            for row in quantize_block(model, index, calibration, args, quantization, print_once):
+                print_line(report_line(row, args.percdamp))
+                rows.append(row)
+            report += rows
+            if progress:
+                progress.save(index, block, rows)
         calibration.advance(block)
-    model.config = dataclasses.replace(model.config, quantization=quantization_config(args))
+    model.config = dataclasses.replace(model.config, quantization=quantization)
     return report
+
+
+def quantize_block(
+    model: CausalLM, index: int, calibration: Calibration, args: Args, quantization: dict, print_once: Callable
+) -> Iterator[dict]:
+    """Quantize a block's linears in the order of its computation: q, k, v, then o, then gate and up, then down.
+
+    Yields the report's row of each.
+    """
+    method, block, start = METHODS[args.method], model.layers[index], time.perf_counter()
+    refs, stages = linear_refs(model, index), sequential_groups(block, model.config)
+    stats = {}  # by the name of a group's first linear
+
+    def observe(groups):
+        firsts = [group.names[0] for group in groups]
+        observed = calibration.observe(block, [refs[name] for name in firsts], **method.observes(args))
+        stats.update(zip(firsts, observed))
+
+    if method.whole_block:
+        observe([group for stage in stages for group in stage])
+        for line in method.prepare_block(block, refs, stats, model.config, args):
+            print_once(line)
+    for groups in (part for stage in stages for part in fit_to_memory(stage, refs)):
+        if not method.whole_block:
+            observe(groups)
+        for group in groups:
+            group_stats = stats.pop(group.names[0])
+            shared = method.prepare(group_stats, args)
+            for name in group.names:  # the time of what linears share is in the first one's row
+                path, shape = refs[name].path, [refs[name].layer.n_in, refs[name].layer.n_out]
+                own = dataclasses.replace(args, bits=bits_of(quantization, path))
+                error, damping = method.quantize(refs[name], group_stats, shared, own)
+                row = {"linear": path, "shape": shape, "error": error, "damping": damping}
+                now = time.perf_counter()
+                yield {**row, "scheme": refs[name].layer.scheme, "seconds": round(now - start, 3)}
+                start = time.perf_counter()
 
 
 def report_line(row: dict, percdamp: float) -> str:
@@ -256,7 +312,8 @@ def report_line(row: dict, percdamp: float) -> str:
         note = f"  damping {row['damping']:g}"
         if row["damping"] > percdamp:
             note += f": not positive definite with percdamp {percdamp:g}"
-    return f"{row['linear']:<42} {shape:>12}  error {100 * row['error']:8.4f} %  {row['seconds']:6.2f} s{note}"
+    numbers = f"error {100 * row['error']:8.4f} %  {row['seconds']:6.2f} s"
+    return f"{row['linear']:<42} {shape:>12}  {row['scheme']:<4}  {numbers}{note}"
 
 
 def quantization_config(args: Args) -> dict:
@@ -337,8 +394,35 @@ def weight_bytes(*folders) -> int:
     )
 
 
+def read_files(args: Args) -> Iterator[Path]:
+    """The files that the result depends on: of the model, of an adapter to merge, of the tokenizer and the data."""
+    folders = base_folders(args.model_name_or_path)
+    folders += [Path(path) for path in (args.lora_path, args.tokenizer_name_or_path) if path]
+    for folder in folders:
+        yield from Path(folder).glob("*")
+    if data := args.dataset_name_or_path:
+        yield from Path(data).rglob("*") if Path(data).is_dir() else Path(data).parent.glob(f"{Path(data).name}*")
+
+
+def float_metrics(model: CausalLM, dev: trainer.Loader, args: Args, progress: Progress) -> dict:
+    """Metrics of the float model on dev; its hidden states before the head are kept for the comparison."""
+    progress.start()
+    with atomic_file(progress.folder / FLOAT_STATES, "wb") as file:
+        return evaluate(model, dev, args.max_evaluate_steps, save_states=file)
+
+
+def measure_sensitivity(model: CausalLM, loader: trainer.Loader, batches: int, args: Args) -> list[dict]:
+    """What each part of the float model loses in each format, on the first calibration batches."""
+    with paddle.no_grad():
+        calibration = Calibration(model, loader, min(batches, args.sensitivity_step))
+    return sensitivities(model, calibration, args)
+
+
 def main(args: Args) -> None:
     # ====================================================================== 1. data, model
+    progress = Progress(args, read_files(args))
+    if progress.saving:  # killed while it wrote the model: what output_dir holds is its own
+        args.overwrite_output_dir = True
     trainer.check_output_dir(args)
     folder = Path(args.output_dir).absolute()
     if not os.access(next(p for p in (folder, *folder.parents) if p.exists()), os.W_OK):
@@ -353,14 +437,22 @@ def main(args: Args) -> None:
     }
     if args.lora_path:
         report["bytes_before"] += weight_bytes(args.lora_path)
-    widths = {layer.n_in for *_, layer in block_linears(model).values()}
+    shapes = [(layer.n_in, layer.n_out) for *_, layer in block_linears(model).values()]
+    widths = {n_in for n_in, _ in shapes}
+    if args.is_mixed:
+        check_size(shapes, args.bits, args.group_size)
     if args.group_size != -1 and (uneven := {n_in for n_in in widths if n_in % args.group_size}):
         print(f"group_size {args.group_size} does not divide {sorted(uneven)} input rows: their last group is shorter")
 
     # ====================================================================== 2. before
-    before = trainer.evaluate(model, dev, args.max_evaluate_steps) if dev else None
+    before = progress.once("before", lambda: float_metrics(model, dev, args, progress)) if dev else None
     if before:
         print(f"dev before: {trainer.format_metrics(before)}", flush=True)
+    units, mixed = None, None
+    if args.sensitivity or args.is_mixed:
+        units = progress.once("sensitivity", lambda: measure_sensitivity(model, calibration_loader, batches, args))
+    if args.is_mixed:
+        mixed = mixed_config(units, choose_bits(units, args.bits))
 
     # ====================================================================== 3. quantize
     start = time.perf_counter()
@@ -368,12 +460,19 @@ def main(args: Args) -> None:
         calibration = Calibration(model, calibration_loader, batches)
     tokens = calibration.tokens
     print(f"{args.algorithm}, {args.quant_type}: {tokens:,} calibration tokens in {batches} batches", flush=True)
-    rows = quantize_model(model, calibration, args)
+    rows = quantize_model(model, calibration, args, progress=progress, mixed=mixed)
     del calibration
     seconds = time.perf_counter() - start
+    bits = stored_bits(model)
+    for row in rows:
+        row["bits_per_weight"] = round(bits[row["linear"]], 4)
 
     # ====================================================================== 4. after
-    after = trainer.evaluate(model, dev, args.max_evaluate_steps) if dev else None
+    after = None
+    if dev:
+        states = read_states(progress.folder / FLOAT_STATES, model)
+        after = evaluate(model, dev, args.max_evaluate_steps, float_states=states)
+    progress.once("saving", lambda: True)
     trainer.prepare_output_dir(args)  # only here: what fails above must not cost the model it would replace
     tokenizer.save(args.output_dir)
     save_pretrained(model, args.output_dir, rest_dtype(model))
@@ -381,7 +480,9 @@ def main(args: Args) -> None:
         "algorithm": args.algorithm,
         "quantization_config": model.config.quantization,
         "calibration_tokens": tokens,
+        "bits_per_weight": round(mean_bits(rows), 4),
         "linears": rows,
+        "sensitivity": units,
         "seconds": round(seconds, 2),
         "dev_before": before,
         "dev_after": after,
@@ -390,24 +491,17 @@ def main(args: Args) -> None:
     }
     with atomic_file(Path(args.output_dir) / "quant_report.json") as file:
         json.dump(report, file, indent=2)
+    progress.remove()
     summary(report, args)
 
 
 def summary(report: dict, args: Args) -> None:
     """Print the result of the run."""
-    worst = max(report["linears"], key=lambda row: row["error"])
-    mean = float(np.mean([row["error"] for row in report["linears"]]))
-    print(
-        f"\n{len(report['linears'])} linears in {report['seconds']:.1f} s; error: mean {100 * mean:.3f} %, "
-        f"largest {100 * worst['error']:.3f} % ({worst['linear']})"
-    )
-    if report["dev_before"]:
-        changes = {}
-        for key, name in (("eval_ppl", "perplexity"), ("eval_accuracy", "token accuracy")):
-            before, after = report["dev_before"][key], report["dev_after"][key]
-            changes[key] = 100 * (after / before - 1) if before else 0.0
-            print(f"dev {name}: {before:.4f} -> {after:.4f} ({changes[key]:+.2f} %)")
-        if (loss := changes["eval_ppl"]) >= 1:
+    print(f"\n{len(report['linears'])} linears in {report['seconds']:.1f} s")
+    print("\n".join(formats_table(report["linears"])))
+    if before := report["dev_before"]:
+        print("\n".join(comparison_table(before, report["dev_after"])))
+        if (loss := 100 * (report["dev_after"]["eval_ppl"] / before["eval_ppl"] - 1)) >= 1:
             print(f"NOTE: {report['algorithm']} {args.quant_type} costs {loss:.2f} % of perplexity on dev, 1 % or more")
     was, now, float32 = (report[f"bytes_{key}"] / 1e6 for key in ("before", "after", "float32"))
     print(f"weight files: {was:.2f} MB -> {now:.2f} MB (float32: {float32:.2f} MB)")

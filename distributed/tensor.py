@@ -24,6 +24,7 @@ from distributed.collectives import (
 )
 from distributed.pipeline import MissingLayer
 from families import ModelConfig
+from formats.quantization_config import all_bits
 from model import LINEARS, Attention, CausalLM, Embedding, Linear, QuantLinear, set_parameter
 
 # ================================================================================ into a region of tp, and out of it
@@ -119,7 +120,7 @@ def shard_ranges(name: str, width: int, config: ModelConfig, size: int, rank: in
 def packed_channels(config: ModelConfig) -> int:
     """Channels whose weights are packed into one word, and so stay together."""
     quantization = config.quantization
-    return 32 // quantization["bits"] if quantization and quantization["quant_method"] == "gptq" else 1
+    return 32 // all_bits(quantization)[0] if quantization and quantization["quant_method"] == "gptq" else 1
 
 
 def _join_adjacent(ranges):

@@ -8,13 +8,13 @@ name. Activations are not rounded, whatever the file says of them: the model com
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from formats.files import UserError
+from formats.quantization_config import bits_of
 from formats.tensor_files import StoredTensor
 
 Tensors = dict[str, StoredTensor]
@@ -59,7 +59,7 @@ def _gptq(tensors: Tensors, config: dict, path: Path) -> None:
     """qweight (in * bits / 32, out), scales, qzeros (minus 1, but in checkpoint_format gptq_v2), g_idx."""
     offset = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
     for module in _modules(tensors, "qweight"):
-        bits = _bits_of(config, module)
+        bits = bits_of(config, module.rstrip("."))
         if bits not in (2, 3, 4, 8):
             raise UserError(f"{path}: {module}qweight: {bits} bits; readable are 2, 3, 4 and 8")
         parts = {kind: tensors.get(module + kind) for kind in ("qweight", "qzeros", "scales", "g_idx")}
@@ -74,15 +74,6 @@ def _gptq(tensors: Tensors, config: dict, path: Path) -> None:
             return _by_group(codes, scales, zeros, groups).T
 
         _replaced(tensors, module, tuple(parts), [n_out, n_in], read)
-
-
-def _bits_of(config: dict, module: str) -> int:
-    """Bits of a module: GPTQModel's `dynamic` may say others for modules that a pattern matches."""
-    for pattern, values in (config.get("dynamic") or {}).items():
-        if pattern.startswith("+:") or not pattern.startswith("-:"):
-            if re.match(pattern.removeprefix("+:"), module.rstrip(".")) and "bits" in values:
-                return values["bits"]
-    return config.get("bits", config.get("w_bit"))
 
 
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # a word's nibbles hold columns 0, 2, 4, 6, 1, 3, 5, 7

@@ -1,5 +1,7 @@
 """quantization_config of config.json: which models keep their integers, and which are opened as floats."""
 
+import re
+
 QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the supported values
     "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
     "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
@@ -17,9 +19,29 @@ KEYS = ("quantization_config", "compression_config")  # of config.json; the seco
 
 def runs_as_integers(quantization: dict) -> bool:
     """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other."""
-    extra = any(quantization.get(key) for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"))
-    known = QUANTIZATIONS["gptq"]
-    return not extra and all(quantization.get(key) in known[key] for key in ("bits", "checkpoint_format"))
+    if any(quantization.get(key) for key in ("modules_in_block_to_quantize", "lm_head")):
+        return False
+    known, dynamic = QUANTIZATIONS["gptq"], quantization.get("dynamic") or {}
+    of_bits = [{"bits": quantization.get("bits")}, *dynamic.values()]
+    return (
+        quantization.get("checkpoint_format") in known["checkpoint_format"]
+        and all(pattern[:2] == "+:" for pattern in dynamic)
+        and all(values.keys() == {"bits"} and values["bits"] in known["bits"] for values in of_bits)
+    )
+
+
+def bits_of(quantization: dict, module: str) -> int:
+    """Bits of a module (Hugging Face's path): GPTQModel's `dynamic` may say others for those that a pattern matches."""
+    for pattern, values in (quantization.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and "bits" in values and re.match(pattern.removeprefix("+:"), module):
+            return values["bits"]
+    return quantization.get("bits", quantization.get("w_bit"))
+
+
+def all_bits(quantization: dict) -> list[int]:
+    """The bits that modules of a GPTQ model may have, the least first."""
+    others = (values["bits"] for values in (quantization.get("dynamic") or {}).values())
+    return sorted({quantization["bits"], *others})
 
 
 def read_quantization(source: dict) -> tuple[dict | None, str | None]:

@@ -15,6 +15,7 @@ import numpy as np
 from families import FAMILIES
 from formats.dequantize import unpack
 from formats.files import UserError
+from formats.quantization_config import bits_of
 from formats.tensor_files import float8_values
 from formats.weights import weights_to_save
 from model import CausalLM, block_linears
@@ -75,13 +76,24 @@ def _compressed_tensors(layer: QuantLinear) -> dict[str, tuple[np.ndarray, str]]
     return tensors
 
 
-def _compressed_config(model: CausalLM, tensors: list[dict]) -> dict:
-    """quantization_config of a folder whose linears have these tensors."""
-    quantization = model.config.quantization
-    a8w8, kinds = quantization["quant_method"] == "a8w8", set().union(*tensors)
-    group = quantization.get("group_size", -1)
+def _compressed_config(model: CausalLM, linears: dict[str, dict]) -> dict:
+    """quantization_config of a folder whose linears have these tensors: a group of linears for each number of bits."""
+    quantization, paths_of = model.config.quantization, {}
+    for path in linears:
+        paths_of.setdefault(bits_of(quantization, path), []).append(path)
+    groups = {}
+    for number, (bits, paths) in enumerate(sorted(paths_of.items())):
+        kinds = set().union(*(linears[path] for path in paths))
+        targets = ["Linear"] if len(paths_of) == 1 else paths
+        groups[f"group_{number}"] = {"targets": targets, **_compressed_scheme(quantization, bits, kinds)}
+    return _config_of(model, "int-quantized" if quantization["quant_method"] == "a8w8" else "pack-quantized", groups)
+
+
+def _compressed_scheme(quantization, bits, kinds):
+    """What a config group says of its weights and activations; kinds: the names of the tensors that a linear has."""
+    a8w8, group = quantization["quant_method"] == "a8w8", quantization.get("group_size", -1)
     weights = {
-        "num_bits": quantization["bits"],
+        "num_bits": bits,
         "type": "int",
         "symmetric": "weight_zero_point" not in kinds,
         "strategy": "channel" if a8w8 or group == -1 else "group",
@@ -94,17 +106,20 @@ def _compressed_config(model: CausalLM, tensors: list[dict]) -> dict:
         is_static = "input_scale" in kinds
         inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": not is_static}
         inputs["strategy"] = "tensor" if is_static else "token"
-    return _config_of(model, "int-quantized" if a8w8 else "pack-quantized", weights, inputs)
+    return _scheme(weights, inputs)
 
 
-def _config_of(model: CausalLM, format: str, weights: dict, inputs: dict | None) -> dict:
-    """quantization_config of compressed-tensors, with one scheme for all linears of the blocks."""
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+def _scheme(weights, inputs):
+    return {"weights": weights, "input_activations": inputs, "output_activations": None}
+
+
+def _config_of(model: CausalLM, format: str, groups: dict[str, dict]) -> dict:
+    """quantization_config of compressed-tensors, with these config groups of the linears of the blocks."""
     return {
         "quant_method": "compressed-tensors",
         "format": format,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
+        "config_groups": groups,
         "ignore": ["lm_head", *_other_linears(model)],
         "kv_cache_scheme": None,
     }
@@ -128,10 +143,10 @@ def _fp8(layer: Linear) -> dict[str, tuple[np.ndarray, str]]:
     return {"weight": (codes, "F8_E4M3"), "weight_scale": (scale, "float32")}
 
 
-def _fp8_config(model: CausalLM, tensors: list[dict]) -> dict:
+def _fp8_config(model: CausalLM, linears: dict[str, dict]) -> dict:
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
     inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-    return _config_of(model, "float-quantized", weights, inputs)
+    return _config_of(model, "float-quantized", {"group_0": {"targets": ["Linear"], **_scheme(weights, inputs)}})
 
 
 def _other_linears(model: CausalLM) -> list[str]:
@@ -160,7 +175,7 @@ def _awq(layer: QuantLinear) -> dict[str, tuple[np.ndarray, str]]:
     }
 
 
-def _awq_config(model: CausalLM, tensors: list[dict]) -> dict:
+def _awq_config(model: CausalLM, linears: dict[str, dict]) -> dict:
     group = model.config.quantization.get("group_size", -1)
     if group == -1:
         raise UserError("format: awq needs groups: quantize with a group_size, such as 128")
@@ -191,4 +206,4 @@ def quantized_weights(model: CausalLM, layout: str) -> tuple[list, dict]:
     for path, tensors in linears.items():
         for kind, (array, dtype) in tensors.items():
             weights.append(StoredArray(f"{path}.{kind}", np.ascontiguousarray(array), dtype))
-    return weights, config_of(model, list(linears.values()))
+    return weights, config_of(model, linears)

@@ -675,7 +675,7 @@ def test_a_folder_is_replaced_only_when_told_and_only_by_something_whole(world, 
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "overwrite_output_dir" in fails(keys, capfd)
 
-    def broken(*_):
+    def broken(*_, **__):
         raise UserError("model.layers.0: stopped")
 
     monkeypatch.setattr(quantize, "quantize_model", broken)
