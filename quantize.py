@@ -39,7 +39,7 @@ from data import CorpusLoader, SFTDataset, SFTLoader
 from formats.files import UserError, atomic_file
 from formats.tokenizer import Tokenizer
 from formats.weights import named_weights, save_pretrained
-from model import CausalLM, block_linears
+from model import CausalLM, QuantLinear, block_linears
 from quantization.calibration import Calibration, linear_refs, sequential_groups
 from quantization.methods import METHODS
 
@@ -49,7 +49,6 @@ REFUSED = {  # PaddleNLP's keys that are refused when they ask for something, an
     "auto_clip": "clipping search is not here; do_gptq: true chooses ranges by their error",
     "do_qat": "quantization-aware training is not here; quantization is done after training",
     "load_quant_model": "a quantized folder is evaluated by finetune.py with do_eval: true and no do_train",
-    "skip_list_names": "every linear of the blocks is quantized, embeddings and head never",
     "shift_all_linears": "down_proj's inputs cannot be shifted by changing weights; shift: true moves what norms feed",
 }
 
@@ -74,6 +73,8 @@ class Args(ScriptArgs):
     do_gptq: bool = False  # weights by GPTQ
     quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4), a8w8; None: a8w8, GPTQ int4
     weight_quant_method: str | None = None  # abs_max_channel_wise or groupwise; None: by group_size
+    skip_list_names: str | list[str] | None = None  # linears that stay floats: parts of their names, such as down_proj
+    outlier_ratio: float = 20.0  # report inputs whose largest channel or token is so many times the median one
     group_size: int | None = None  # input rows that share a scale: 64, …; -1: all; None: -1, groupwise 128
     sym: bool = True  # weights alone: zero point in the middle; false: one per group
     gptq_step: int = 8  # calibration batches of weight-only quantization
@@ -81,8 +82,10 @@ class Args(ScriptArgs):
     percdamp: float = 0.01  # GPTQ: damping, a share of the Hessian's mean diagonal
     search_range: bool = True  # GPTQ: also try smaller ranges for each scale; false: abs max alone
     ptq_step: int = 32  # calibration batches of a8w8
-    activation: str = "per_tensor"  # a8w8: one scale found by calibration, or per_token: each token's own
-    act_quant_method: str = "avg"  # per_tensor: the largest value of all batches (abs_max), or the mean of theirs
+    activation: str = "per_tensor"  # a8w8: one scale found by calibration; per_token: each token's own; mixed
+    per_token_ratio: float = 1.5  # mixed: each token's own where one scale makes the error that many times larger
+    act_quant_method: str = "avg"  # one scale: of the largest value of all batches (abs_max), of the mean of theirs
+    # (avg), or of the share of the largest that makes the least error (mse)
     shift: bool = False  # move each channel's range to be symmetric
     shift_step: int = 32  # calibration batches that count for it
     smooth: bool = False  # divide large channels, multiply their weights
@@ -114,6 +117,8 @@ class Args(ScriptArgs):
             raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {', '.join(BITS)}")
         if self.do_gptq and self.quant_type == "a8w8":
             raise UserError("do_gptq quantizes weights alone: quant_type must be weight_only_int4 or weight_only_int8")
+        if isinstance(self.skip_list_names, str):
+            self.skip_list_names = [name.strip() for name in self.skip_list_names.split(",") if name.strip()]
         self._check_numbers()
         self._check_weights()
         return super().check() + self._check_activations()
@@ -140,9 +145,15 @@ class Args(ScriptArgs):
         ):
             if not low <= getattr(self, key) <= high:
                 raise UserError(f"{key}: {getattr(self, key):g}; it must be between {low:g} and {high:g}")
-        for key, choices in (("activation", ("per_tensor", "per_token")), ("act_quant_method", ("abs_max", "avg"))):
+        for key, choices in (
+            ("activation", ("per_tensor", "per_token", "mixed")),
+            ("act_quant_method", ("abs_max", "avg", "mse")),
+        ):
             if getattr(self, key) not in choices:
-                raise UserError(f"{key}: {getattr(self, key)!r}; possible are {' and '.join(choices)}")
+                raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(choices)}")
+        for key in ("outlier_ratio", "per_token_ratio"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}: {getattr(self, key):g}; it must be at least 1")
 
     def _check_weights(self):
         """weight_quant_method and group_size, which say the same, made to agree."""
@@ -207,6 +218,24 @@ def fit_to_memory(stage: list, refs: dict) -> list:
     return lists
 
 
+def skipped_linears(model: CausalLM, names: list[str] | None) -> set[str]:
+    """Paths of the linears that stay floats: those that have one of `names` in them."""
+    paths = list(block_linears(model))
+    for name in names or ():
+        if not any(name in path for path in paths):
+            raise UserError(f"skip_list_names: {name!r} is in no name of a linear; names are {paths[0]} to {paths[-1]}")
+    skipped = {path for path in paths if any(name in path for name in names or ())}
+    if len(skipped) == len(paths):
+        raise UserError(f"skip_list_names: {', '.join(names)}: nothing is left to quantize")
+    return skipped
+
+
+def without_skipped(stages: list, skipped: set[str]) -> list:
+    """The groups of sequential_groups() without these linears, and without groups of which none is left."""
+    kept = [[(group, tuple(n for n in group.names if n not in skipped)) for group in stage] for stage in stages]
+    return [[group._replace(names=names) for group, names in stage if names] for stage in kept]
+
+
 @paddle.no_grad()
 def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_line: Callable = print) -> list[dict]:
     """Quantize the linears of all blocks in place, one pass; returns the report's rows, printing each.
@@ -215,8 +244,10 @@ def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_
     """
     model.eval()
     method, report, printed = METHODS[args.method], [], set()
+    skipped = skipped_linears(model, args.skip_list_names)
     for index, block in enumerate(model.layers):
         refs, stages, start = linear_refs(model, index), sequential_groups(block, model.config), time.perf_counter()
+        stages = without_skipped(stages, {name for name, ref in refs.items() if ref.path in skipped})
         stats = {}  # by the name of a group's first linear
 
         def observe(groups):
@@ -241,11 +272,11 @@ def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_
                     error, damping = method.quantize(refs[name], group_stats, shared, args)
                     now = time.perf_counter()
                     row = {"linear": refs[name].path, "shape": shape, "error": error, "damping": damping}
-                    report.append({**row, "seconds": round(now - start, 3)})
+                    report.append({**row, **group_stats.outliers, "seconds": round(now - start, 3)})
                     print_line(report_line(report[-1], args.percdamp))
                     start = now
         calibration.advance(block)
-    model.config = dataclasses.replace(model.config, quantization=quantization_config(args))
+    model.config = dataclasses.replace(model.config, quantization=quantization_config(args, model))
     return report
 
 
@@ -259,9 +290,15 @@ def report_line(row: dict, percdamp: float) -> str:
     return f"{row['linear']:<42} {shape:>12}  error {100 * row['error']:8.4f} %  {row['seconds']:6.2f} s{note}"
 
 
-def quantization_config(args: Args) -> dict:
+def quantization_config(args: Args, model: CausalLM) -> dict:
     """What config.json says of the integers."""
     config = {"bits": args.bits, "group_size": args.group_size, "algorithm": args.algorithm, "shift": args.shift}
+    linears = {path: layer for path, (*_, layer) in block_linears(model).items()}
+    if skipped := [path for path, layer in linears.items() if not isinstance(layer, QuantLinear)]:
+        config["modules_to_not_convert"] = skipped
+    if args.quant_type == "a8w8" and args.activation == "mixed":
+        quantized = {path: layer for path, layer in linears.items() if path not in skipped}
+        config["per_token_modules"] = [path for path, layer in quantized.items() if layer.input_scale is None]
     return {**METHODS[args.method].config(args), **config}
 
 
@@ -393,6 +430,17 @@ def main(args: Args) -> None:
     summary(report, args)
 
 
+def outlier_lines(rows: list[dict], ratio: float) -> list[str]:
+    """Lines about inputs whose largest channel, or token, is over `ratio` times the median one, the worst by name."""
+    lines = []
+    for kind in ("channel", "token"):
+        found = {row["linear"]: row[f"{kind}_outlier"] for row in rows if row.get(f"{kind}_outlier", 0) > ratio}
+        worst = ", ".join(f"{path} {found[path]:.0f}" for path in sorted(found, key=lambda path: -found[path])[:4])
+        if found:
+            lines.append(f"outlier {kind}s, over {ratio:g} x the median, before {len(found)} linears: {worst}")
+    return lines
+
+
 def summary(report: dict, args: Args) -> None:
     """Print the result of the run."""
     worst = max(report["linears"], key=lambda row: row["error"])
@@ -401,6 +449,8 @@ def summary(report: dict, args: Args) -> None:
         f"\n{len(report['linears'])} linears in {report['seconds']:.1f} s; error: mean {100 * mean:.3f} %, "
         f"largest {100 * worst['error']:.3f} % ({worst['linear']})"
     )
+    for line in outlier_lines(report["linears"], args.outlier_ratio):
+        print(line)
     if report["dev_before"]:
         changes = {}
         for key, name in (("eval_ppl", "perplexity"), ("eval_accuracy", "token accuracy")):

@@ -31,6 +31,8 @@ class ActivationStats:
         self.tokens, self.rows_per_batch = 0, keep_rows
         self.hessian = np.zeros((n, n)) if keep_hessian else None  # float64, X^T X
         self.low, self.high, self.rows = [], [], []  # a batch: (n,) least, (n,) largest, (rows_per_batch, n)
+        self.token_max = []  # a batch: (tokens,) the largest |x| of each
+        self.scale = None  # a8w8: the scale of all tokens, if each has not its own
 
     def add(self, x):
         """x (tokens, n) of one batch, padding taken out."""
@@ -39,6 +41,7 @@ class ActivationStats:
             self.hessian += paddle.matmul(x, x, transpose_x=True).numpy()
         self.low.append(x.min(0).numpy())
         self.high.append(x.max(0).numpy())
+        self.token_max.append(x.abs().max(1).numpy())
         if self.rows_per_batch:
             chosen = np.unique(np.linspace(0, x.shape[0] - 1, self.rows_per_batch).astype(np.int64))
             self.rows.append(x.index_select(paddle.to_tensor(chosen)).numpy())
@@ -51,8 +54,20 @@ class ActivationStats:
         """(n,) least and largest of the first `batches` batches."""
         return np.min(self.low[:batches], 0), np.max(self.high[:batches], 0)
 
+    @functools.cached_property
+    def outliers(self):
+        """How many times the median the largest channel and the largest token are, by their largest |x|; {} unknown.
+
+        Of the inputs as they were observed: computed before they are transformed."""
+        if not self.tokens:
+            return {}
+        low, high = self.extremes(None)
+        sizes = {"channel": np.maximum(-low, high), "token": np.concatenate(self.token_max)}
+        return {f"{name}_outlier": round(float(v.max() / max(np.median(v), 1e-30)), 2) for name, v in sizes.items()}
+
     def transform(self, shift, scale):
         """The same of (X - shift) / scale, both (n,)."""
+        self.outliers  # noqa: B018, of the inputs before
         for values in (self.low, self.high, self.rows):
             values[:] = [(v - shift) / scale for v in values]
 
@@ -206,6 +221,10 @@ class LinearGroup(NamedTuple):
     columns: np.ndarray | None = None  # of a linear source: which of its outputs become the inputs; None: all, in order
     heads: tuple = (1, 1)  # each of so many runs of these outputs is read so many times over
     fixed: str = ""  # why the source cannot be scaled
+
+    @property
+    def kind(self):
+        return self.names[0].rpartition(".")[2]
 
     @property
     def of_norm(self):
