@@ -17,7 +17,7 @@ HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_tra
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
 norm, gelu before down_proj, a router without bias), a printed line says what is left out.
 
-Not here: AWQ, AutoClip, fp8, key/value caches in 8 bits, quantization-aware training.
+Not here: AWQ, AutoClip, fp8, quantization-aware training.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from formats.files import UserError, atomic_file
 from formats.tokenizer import Tokenizer
 from formats.weights import named_weights, save_pretrained
 from model import CausalLM, QuantLinear, block_linears
-from quantization.calibration import Calibration, linear_refs, sequential_groups
+from quantization.calibration import CacheRecorder, Calibration, linear_refs, sequential_groups
 from quantization.methods import METHODS
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
@@ -71,7 +71,9 @@ class Args(ScriptArgs):
     max_evaluate_steps: int = -1  # > 0: at most this many batches an evaluation
     do_ptq: bool = False  # round to nearest: weights, and with a8w8 activations
     do_gptq: bool = False  # weights by GPTQ
-    quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4), a8w8; None: a8w8, GPTQ int4
+    quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4), a8w8; None: a8w8, GPTQ int4;
+    # with c8 at the end, as a8w8c8: also scales for keys and values in int8 (serve.py's cachekv_int8_type: static)
+    cachekv_quant_method: str = "abs_max_headwise"  # c8: largest value of all batches, or avg_headwise: mean of theirs
     weight_quant_method: str | None = None  # abs_max_channel_wise or groupwise; None: by group_size
     skip_list_names: str | list[str] | None = None  # linears that stay floats: parts of their names, such as down_proj
     outlier_ratio: float = 20.0  # report inputs whose largest channel or token is so many times the median one
@@ -84,8 +86,7 @@ class Args(ScriptArgs):
     ptq_step: int = 32  # calibration batches of a8w8
     activation: str = "per_tensor"  # a8w8: one scale found by calibration; per_token: each token's own; mixed
     per_token_ratio: float = 1.5  # mixed: each token's own where one scale makes the error that many times larger
-    act_quant_method: str = "avg"  # one scale: of the largest value of all batches (abs_max), of the mean of theirs
-    # (avg), or of the share of the largest that makes the least error (mse)
+    act_quant_method: str = "avg"  # one scale: from the largest value of all batches (abs_max), or the mean of theirs
     shift: bool = False  # move each channel's range to be symmetric
     shift_step: int = 32  # calibration batches that count for it
     smooth: bool = False  # divide large channels, multiply their weights
@@ -97,7 +98,7 @@ class Args(ScriptArgs):
     smooth_search_piece: bool = False  # also search the number of pieces, 1 to smooth_k_piece
     search_alpha_min: float = 0.2
     search_alpha_max: float = 0.8
-    search_alpha_step: float = 0.01
+    search_alpha_step: float = 0.02
     search_scale_min: float = 1.0  # constant factors that are tried as well, in steps of 0.5
     search_scale_max: float = 5.0
     search_tokens: int = 512  # calibration tokens that an error is measured on
@@ -113,9 +114,11 @@ class Args(ScriptArgs):
             raise UserError(f"{count} of do_ptq and do_gptq: true; choose one")
         if self.quant_type is None:
             self.quant_type = "weight_only_int4" if self.do_gptq else "a8w8"
-        if self.quant_type not in BITS:
-            raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {', '.join(BITS)}")
-        if self.do_gptq and self.quant_type == "a8w8":
+        if self.weights_type not in BITS:
+            raise UserError(
+                f"quant_type: {self.quant_type!r} is not here; there are {', '.join(BITS)}, and c8 after each"
+            )
+        if self.do_gptq and self.weights_type == "a8w8":
             raise UserError("do_gptq quantizes weights alone: quant_type must be weight_only_int4 or weight_only_int8")
         if isinstance(self.skip_list_names, str):
             self.skip_list_names = [name.strip() for name in self.skip_list_names.split(",") if name.strip()]
@@ -124,8 +127,13 @@ class Args(ScriptArgs):
         return super().check() + self._check_activations()
 
     @property
+    def weights_type(self):
+        """quant_type without what it says of the cache."""
+        return self.quant_type.removesuffix("c8")
+
+    @property
     def bits(self):
-        return BITS[self.quant_type]
+        return BITS[self.weights_type]
 
     def _check_numbers(self):
         steps = "gptq_step ptq_step shift_step smooth_step smooth_k_piece search_tokens"
@@ -147,7 +155,8 @@ class Args(ScriptArgs):
                 raise UserError(f"{key}: {getattr(self, key):g}; it must be between {low:g} and {high:g}")
         for key, choices in (
             ("activation", ("per_tensor", "per_token", "mixed")),
-            ("act_quant_method", ("abs_max", "avg", "mse")),
+            ("act_quant_method", ("abs_max", "avg")),
+            ("cachekv_quant_method", ("abs_max_headwise", "avg_headwise")),
         ):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(choices)}")
@@ -166,18 +175,19 @@ class Args(ScriptArgs):
             raise UserError(f"group_size: {self.group_size}; it must be -1 or a multiple of 8, such as 32, 64, 128")
         if method is not None and (method == "groupwise") != (self.group_size != -1):
             raise UserError(f"group_size {self.group_size} contradicts weight_quant_method {method}")
-        if self.quant_type == "a8w8" and self.group_size != -1:
+        if self.weights_type == "a8w8" and self.group_size != -1:
             raise UserError(f"a8w8 has one weight scale per output channel: group_size {self.group_size} must be -1")
 
     def _check_activations(self):
         """Shift and smoothing belong to a8w8; returns lines to print."""
         asked = [key for key in ("shift", "smooth") if getattr(self, key)]
-        if self.quant_type != "a8w8" and asked:
+        if self.weights_type != "a8w8" and asked:
             raise UserError(f"{asked[0]} prepares activations: it needs quant_type: a8w8, found {self.quant_type}")
-        if self.quant_type == "a8w8" and not self.dataset_name_or_path:
+        if self.weights_type == "a8w8" and not self.dataset_name_or_path:
             raise UserError("dataset_name_or_path: missing; a8w8 is calibrated on records")
-        if (self.do_gptq or self.do_eval) and not self.dataset_name_or_path:
-            raise UserError(f"dataset_name_or_path: missing; {'do_gptq' if self.do_gptq else 'do_eval'} needs records")
+        needs = {"do_gptq": self.do_gptq, "do_eval": self.do_eval, "c8": self.quant_type.endswith("c8")}
+        for key in (key for key, asked in needs.items() if asked and not self.dataset_name_or_path):
+            raise UserError(f"dataset_name_or_path: missing; {key} needs records")
         notes = []
         for key in ("smooth_all_linears", "smooth_piecewise_search"):
             if getattr(self, key) and not self.smooth:
@@ -189,7 +199,7 @@ class Args(ScriptArgs):
     @property
     def method(self):
         """The row of METHODS."""
-        return "a8w8" if self.quant_type == "a8w8" else "gptq" if self.do_gptq else "rtn"
+        return "a8w8" if self.weights_type == "a8w8" else "gptq" if self.do_gptq else "rtn"
 
     @property
     def algorithm(self):
@@ -245,6 +255,7 @@ def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_
     model.eval()
     method, report, printed = METHODS[args.method], [], set()
     skipped = skipped_linears(model, args.skip_list_names)
+    cache = CacheRecorder(len(model.layers)) if args.quant_type.endswith("c8") else None
     for index, block in enumerate(model.layers):
         refs, stages, start = linear_refs(model, index), sequential_groups(block, model.config), time.perf_counter()
         stages = without_skipped(stages, {name for name, ref in refs.items() if ref.path in skipped})
@@ -275,8 +286,9 @@ def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_
                     report.append({**row, **group_stats.outliers, "seconds": round(now - start, 3)})
                     print_line(report_line(report[-1], args.percdamp))
                     start = now
-        calibration.advance(block)
-    model.config = dataclasses.replace(model.config, quantization=quantization_config(args, model))
+        calibration.advance(block, cache)
+    scales = {} if cache is None else cache.scales(args.cachekv_quant_method)
+    model.config = dataclasses.replace(model.config, quantization={**quantization_config(args, model), **scales})
     return report
 
 
@@ -296,7 +308,7 @@ def quantization_config(args: Args, model: CausalLM) -> dict:
     linears = {path: layer for path, (*_, layer) in block_linears(model).items()}
     if skipped := [path for path, layer in linears.items() if not isinstance(layer, QuantLinear)]:
         config["modules_to_not_convert"] = skipped
-    if args.quant_type == "a8w8" and args.activation == "mixed":
+    if args.weights_type == "a8w8" and args.activation == "mixed":
         quantized = {path: layer for path, layer in linears.items() if path not in skipped}
         config["per_token_modules"] = [path for path, layer in quantized.items() if layer.input_scale is None]
     return {**METHODS[args.method].config(args), **config}
@@ -311,7 +323,7 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
         return None, 0, None
     path = args.dataset_name_or_path
     a8w8_steps = max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
-    steps = a8w8_steps if args.quant_type == "a8w8" else args.gptq_step
+    steps = a8w8_steps if args.weights_type == "a8w8" else args.gptq_step
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
         size, T = args.per_device_train_batch_size, args.max_length
         calibration = CorpusLoader(path, args.split, "train", steps * size, T, size, seed=args.seed)
@@ -350,6 +362,8 @@ def open_model(args: Args) -> CausalLM:
     if model.config.quantization is not None:
         method = model.config.quantization["quant_method"]
         raise UserError(f"{args.model_name_or_path}: is quantized already ({method}); give the float model")
+    if args.quant_type.endswith("c8") and model.config.position == "rope_2d":
+        raise UserError(f"quant_type: {args.quant_type}: ChatGLM-6B keeps keys and values in float32; leave c8 out")
     if model.prefix is not None:
         path = args.lora_path or args.model_name_or_path
         raise UserError(f"{path}: a prefix cannot be quantized; quantize its base model")

@@ -181,24 +181,17 @@ def channel_statistics(seen: list, weights: list, args: ScriptArgs) -> list[tupl
 def choose_input_scale(inputs: ActivationStats, weights: list, args: ScriptArgs) -> np.float32 | None:
     """The static scale of an input X that linears with these weights (n, out) read; None: one for each token.
 
-    With act_quant_method mse the least error decides among shares of the largest value. With activation mixed a scale
-    a token is taken where the root of the error with one scale is per_token_ratio times that with a scale a token:
-    where few tokens are much larger than the others."""
+    With activation mixed a scale a token is taken where the root of the error with one scale is per_token_ratio times
+    that with a scale a token: where few tokens are much larger than the others."""
     if args.activation == "per_token":
         return None
-    largest = input_scale(inputs, args.act_quant_method)
-    if args.activation == "per_tensor" and args.act_quant_method != "mse":
-        return largest
-    roundings = [RoundingError(inputs, weight) for weight in weights]
-
-    def error(scale):
-        return sum(rounding.measure(1.0, scale) for rounding in roundings)
-
-    shares = np.arange(20, 9, -1) / 20 if args.act_quant_method == "mse" else (1.0,)
-    least, scale = min((error(largest * share), largest * share) for share in shares)
-    if args.activation == "mixed" and least > args.per_token_ratio**2 * error(None):
-        return None
-    return np.float32(scale)
+    static = input_scale(inputs, args.act_quant_method)
+    if args.activation == "mixed":
+        roundings = [RoundingError(inputs, weight) for weight in weights]
+        one, many = (sum(rounding.measure(1.0, scale) for rounding in roundings) for scale in (static, None))
+        if one > args.per_token_ratio**2 * many:
+            return None
+    return static
 
 
 SEARCHED = 8  # experts that read one norm and are used by the search: those with the most tokens
