@@ -891,23 +891,22 @@ def build(config: ModelConfig, dtype: str = "float32") -> CausalLM:
 
 def _replace_by_quant_linears(model, quantization):
     """Linears of the blocks become QuantLinear; after a shift, norms and the linears that read them have biases."""
-    options, shifted = {key: quantization[key] for key in ("group_size", "desc_act") if key in quantization}, set()
+    only_weights, activation = quantization["quant_method"] == "gptq", quantization.get("activation")
     for block in model.layers if quantization.get("shift") else ():
         layers = dict(block.named_sublayers())
         for norm, names in shiftable_norms(block).items():
-            shifted |= {id(layers[name]) for name in names}
             if layers[norm].bias is None:
                 layers[norm].add_bias()
+            for layer in (layers[name] for name in names if layers[name].bias is None):
+                layer.bias = layer.create_parameter([layer.n_out], is_bias=True)
+    group_size, desc_act = quantization.get("group_size", -1), quantization.get("desc_act", False)
     for path, (parent, attribute, layer) in block_linears(model).items():
-        quantized = QuantLinear(
-            layer.n_in,
-            layer.n_out,
-            scheme=f"w{bits_of(quantization, path)}" if quantization["quant_method"] == "gptq" else "a8w8",
-            bias=layer.bias is not None or id(layer) in shifted,
-            static_input=quantization.get("activation") == "per_tensor",
-            **options,
-        )
-        setattr(parent, attribute, quantized)
+        if path in (quantization.get("modules_to_not_convert") or ()):
+            continue
+        scheme, bias = f"w{bits_of(quantization, path)}" if only_weights else "a8w8", layer.bias is not None
+        is_static = activation != "per_token" and path not in quantization.get("per_token_modules", ())
+        layer = QuantLinear(layer.n_in, layer.n_out, scheme, group_size, bias, desc_act, is_static)
+        setattr(parent, attribute, layer)
 
 
 def norm_consumers(block: Block) -> dict[str, list[str]]:

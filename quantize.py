@@ -17,7 +17,7 @@ HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_tra
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
 norm, gelu before down_proj, a router without bias), a printed line says what is left out.
 
-Not here: AWQ, AutoClip, fp8, key/value caches in 8 bits, quantization-aware training.
+Not here: AWQ, AutoClip, fp8, quantization-aware training.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from formats.quantization_config import bits_of
 from formats.tokenizer import Tokenizer
 from formats.weights import named_weights, save_pretrained
 from model import CausalLM, block_linears
-from quantization.calibration import Calibration, linear_refs, sequential_groups
+from quantization.calibration import CacheRecorder, Calibration, linear_refs, sequential_groups
 from quantization.methods import METHODS
 from quantization.mixed_bits import check_size, choose_bits, mixed_config, sensitivities
 from quantization.progress import Progress
@@ -54,7 +54,6 @@ REFUSED = {  # PaddleNLP's keys that are refused when they ask for something, an
     "auto_clip": "clipping search is not here; do_gptq: true chooses ranges by their error",
     "do_qat": "quantization-aware training is not here; quantization is done after training",
     "load_quant_model": "a quantized folder is evaluated by finetune.py with do_eval: true and no do_train",
-    "skip_list_names": "every linear of the blocks is quantized, embeddings and head never",
     "shift_all_linears": "down_proj's inputs cannot be shifted by changing weights; shift: true moves what norms feed",
 }
 
@@ -77,11 +76,15 @@ class Args(ScriptArgs):
     max_evaluate_steps: int = -1  # > 0: at most this many batches an evaluation
     do_ptq: bool = False  # round to nearest: weights, and with a8w8 activations
     do_gptq: bool = False  # weights by GPTQ
-    quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4), a8w8; None: a8w8, GPTQ int4
+    quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4), a8w8; None: a8w8, GPTQ int4;
+    # with c8 at the end, as a8w8c8: also scales for keys and values in int8 (serve.py's cachekv_int8_type: static)
+    cachekv_quant_method: str = "abs_max_headwise"  # c8: largest value of all batches, or avg_headwise: mean of theirs
     bits: float | None = None  # weights alone, in place of quant_type: 4, 8; 4.5 mixes formats of that mean size
     sensitivity: bool = False  # list what each part loses in each format; bits: 4.5 measures it anyway
     sensitivity_step: int = 1  # calibration batches that the list is measured on
     weight_quant_method: str | None = None  # abs_max_channel_wise or groupwise; None: by group_size
+    skip_list_names: str | list[str] | None = None  # linears that stay floats: parts of their names, such as down_proj
+    outlier_ratio: float = 20.0  # report inputs whose largest channel or token is so many times the median one
     group_size: int | None = None  # input rows that share a scale: 64, …; -1: all; None: -1, groupwise 128
     sym: bool = True  # weights alone: zero point in the middle; false: one per group
     gptq_step: int = 8  # calibration batches of weight-only quantization
@@ -89,8 +92,9 @@ class Args(ScriptArgs):
     percdamp: float = 0.01  # GPTQ: damping, a share of the Hessian's mean diagonal
     search_range: bool = True  # GPTQ: also try smaller ranges for each scale; false: abs max alone
     ptq_step: int = 32  # calibration batches of a8w8
-    activation: str = "per_tensor"  # a8w8: one scale found by calibration, or per_token: each token's own
-    act_quant_method: str = "avg"  # per_tensor: the largest value of all batches (abs_max), or the mean of theirs
+    activation: str = "per_tensor"  # a8w8: one scale found by calibration; per_token: each token's own; mixed
+    per_token_ratio: float = 1.5  # mixed: each token's own where one scale makes the error that many times larger
+    act_quant_method: str = "avg"  # one scale: from the largest value of all batches (abs_max), or the mean of theirs
     shift: bool = False  # move each channel's range to be symmetric
     shift_step: int = 32  # calibration batches that count for it
     smooth: bool = False  # divide large channels, multiply their weights
@@ -102,7 +106,7 @@ class Args(ScriptArgs):
     smooth_search_piece: bool = False  # also search the number of pieces, 1 to smooth_k_piece
     search_alpha_min: float = 0.2
     search_alpha_max: float = 0.8
-    search_alpha_step: float = 0.01
+    search_alpha_step: float = 0.02
     search_scale_min: float = 1.0  # constant factors that are tried as well, in steps of 0.5
     search_scale_max: float = 5.0
     search_tokens: int = 512  # calibration tokens that an error is measured on
@@ -117,8 +121,10 @@ class Args(ScriptArgs):
             count = "both" if self.do_ptq else "neither"
             raise UserError(f"{count} of do_ptq and do_gptq: true; choose one")
         self._check_bits()
-        if self.do_gptq and self.quant_type == "a8w8":
+        if self.do_gptq and self.weights_type == "a8w8":
             raise UserError("do_gptq quantizes weights alone: quant_type must be weight_only_int4 or weight_only_int8")
+        if isinstance(self.skip_list_names, str):
+            self.skip_list_names = [name.strip() for name in self.skip_list_names.split(",") if name.strip()]
         self._check_numbers()
         self._check_weights()
         return super().check() + self._check_activations()
@@ -130,18 +136,26 @@ class Args(ScriptArgs):
             self.quant_type = "weight_only_int4" if self.do_gptq else "a8w8"
             if self.bits is not None:
                 self.quant_type = by_bits.get(self.bits, MIXED)
-        if self.quant_type not in BITS and (self.quant_type != MIXED or self.bits is None):
-            raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {', '.join(BITS)}")
-        if self.bits is not None and self.bits != BITS.get(self.quant_type, self.bits):
+        if self.weights_type not in BITS and (self.quant_type != MIXED or self.bits is None):
+            names = f"{', '.join(BITS)}, and c8 after each"
+            raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {names}")
+        if self.bits is not None and self.bits != BITS.get(self.weights_type, self.bits):
             raise UserError(f"bits {self.bits:g} contradicts quant_type {self.quant_type}; leave one of them out")
+        if self.is_mixed and self.skip_list_names:
+            raise UserError("skip_list_names: beside bits with a fraction it is not here; sizes are of all linears")
         if self.is_mixed and not min(by_bits) < self.bits < 16:
             raise UserError(f"bits: {self.bits:g}; it must be more than {min(by_bits)}, scales and zeros counted")
-        self.bits = self.bits if self.is_mixed else BITS[self.quant_type]
+        self.bits = self.bits if self.is_mixed else BITS[self.weights_type]
 
     @property
     def is_mixed(self):
         """Whether linears have several formats, whose mean size `bits` says."""
         return self.quant_type == MIXED
+
+    @property
+    def weights_type(self):
+        """quant_type without what it says of the cache."""
+        return self.quant_type.removesuffix("c8")
 
     def _check_numbers(self):
         steps = "sensitivity_step gptq_step ptq_step shift_step smooth_step smooth_k_piece search_tokens"
@@ -161,9 +175,16 @@ class Args(ScriptArgs):
         ):
             if not low <= getattr(self, key) <= high:
                 raise UserError(f"{key}: {getattr(self, key):g}; it must be between {low:g} and {high:g}")
-        for key, choices in (("activation", ("per_tensor", "per_token")), ("act_quant_method", ("abs_max", "avg"))):
+        for key, choices in (
+            ("activation", ("per_tensor", "per_token", "mixed")),
+            ("act_quant_method", ("abs_max", "avg")),
+            ("cachekv_quant_method", ("abs_max_headwise", "avg_headwise")),
+        ):
             if getattr(self, key) not in choices:
-                raise UserError(f"{key}: {getattr(self, key)!r}; possible are {' and '.join(choices)}")
+                raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(choices)}")
+        for key in ("outlier_ratio", "per_token_ratio"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}: {getattr(self, key):g}; it must be at least 1")
 
     def _check_weights(self):
         """weight_quant_method and group_size, which say the same, made to agree."""
@@ -176,20 +197,21 @@ class Args(ScriptArgs):
             raise UserError(f"group_size: {self.group_size}; it must be -1 or a multiple of 8, such as 32, 64, 128")
         if method is not None and (method == "groupwise") != (self.group_size != -1):
             raise UserError(f"group_size {self.group_size} contradicts weight_quant_method {method}")
-        if self.quant_type == "a8w8" and self.group_size != -1:
+        if self.weights_type == "a8w8" and self.group_size != -1:
             raise UserError(f"a8w8 has one weight scale per output channel: group_size {self.group_size} must be -1")
 
     def _check_activations(self):
         """Shift and smoothing belong to a8w8; returns lines to print."""
         asked = [key for key in ("shift", "smooth") if getattr(self, key)]
-        if self.quant_type != "a8w8" and asked:
+        if self.weights_type != "a8w8" and asked:
             raise UserError(f"{asked[0]} prepares activations: it needs quant_type: a8w8, found {self.quant_type}")
-        if self.quant_type == "a8w8" and not self.dataset_name_or_path:
+        if self.weights_type == "a8w8" and not self.dataset_name_or_path:
             raise UserError("dataset_name_or_path: missing; a8w8 is calibrated on records")
         sensitivity = "bits with a fraction" if self.is_mixed else "sensitivity"
-        needs = {"do_gptq": self.do_gptq, "do_eval": self.do_eval, sensitivity: self.sensitivity or self.is_mixed}
-        if (asked := [key for key, value in needs.items() if value]) and not self.dataset_name_or_path:
-            raise UserError(f"dataset_name_or_path: missing; {asked[0]} needs records")
+        needs = {"do_gptq": self.do_gptq, "do_eval": self.do_eval, "c8": self.quant_type.endswith("c8")}
+        needs[sensitivity] = self.sensitivity or self.is_mixed
+        for key in (key for key, asked in needs.items() if asked and not self.dataset_name_or_path):
+            raise UserError(f"dataset_name_or_path: missing; {key} needs records")
         notes = []
         for key in ("smooth_all_linears", "smooth_piecewise_search"):
             if getattr(self, key) and not self.smooth:
@@ -201,7 +223,7 @@ class Args(ScriptArgs):
     @property
     def method(self):
         """The row of METHODS."""
-        return "a8w8" if self.quant_type == "a8w8" else "gptq" if self.do_gptq else "rtn"
+        return "a8w8" if self.weights_type == "a8w8" else "gptq" if self.do_gptq else "rtn"
 
     @property
     def algorithm(self):
@@ -231,6 +253,24 @@ def fit_to_memory(stage: list, refs: dict) -> list:
     return lists
 
 
+def skipped_linears(model: CausalLM, names: list[str] | None) -> list[str]:
+    """Paths of the linears that stay floats: those that have one of `names` in them."""
+    paths = list(block_linears(model))
+    for name in names or ():
+        if not any(name in path for path in paths):
+            raise UserError(f"skip_list_names: {name!r} is in no name of a linear; names are {paths[0]} to {paths[-1]}")
+    skipped = [path for path in paths if any(name in path for name in names or ())]
+    if len(skipped) == len(paths):
+        raise UserError(f"skip_list_names: {', '.join(names)}: nothing is left to quantize")
+    return skipped
+
+
+def without_skipped(stages: list, skipped: set[str]) -> list:
+    """The groups of sequential_groups() without these linears, and without groups of which none is left."""
+    kept = [[(group, tuple(n for n in group.names if n not in skipped)) for group in stage] for stage in stages]
+    return [[group._replace(names=names) for group, names in stage if names] for stage in kept]
+
+
 @paddle.no_grad()
 def quantize_model(
     model: CausalLM,
@@ -246,38 +286,50 @@ def quantize_model(
     where linears have several formats.
     """
     model.eval()
-    quantization, printed = quantization_config(args) | (mixed or {}), set()
+    skipped, printed = skipped_linears(model, args.skip_list_names), set()
+    cache = CacheRecorder(len(model.layers)) if args.quant_type.endswith("c8") else None
 
     def print_once(line):
         if line not in printed:
             print_line(line)
         printed.add(line)
 
-    finished = progress.restore(model, quantization) if progress else []
-    report = [row for rows in finished for row in rows]
+    report = progress.rows() if progress else []
+    finished = progress.finished_blocks() if report else 0
+    if finished:
+        progress.restore(model, quantization_config(args, skipped, report) | (mixed or {}))
     for index, block in enumerate(model.layers):
-        if index >= len(finished):
+        if index >= finished:
             rows = []
-            for row in quantize_block(model, index, calibration, args, quantization, print_once):
+            for row in quantize_block(model, index, calibration, args, skipped, mixed or {}, print_once):
                 print_line(report_line(row, args.percdamp))
                 rows.append(row)
             report += rows
             if progress:
                 progress.save(index, block, rows)
-        calibration.advance(block)
-    model.config = dataclasses.replace(model.config, quantization=quantization)
+        calibration.advance(block, cache)
+    quantization = quantization_config(args, skipped, report) | (mixed or {})
+    scales = {} if cache is None else cache.scales(args.cachekv_quant_method)
+    model.config = dataclasses.replace(model.config, quantization=quantization | scales)
     return report
 
 
 def quantize_block(
-    model: CausalLM, index: int, calibration: Calibration, args: Args, quantization: dict, print_once: Callable
+    model: CausalLM,
+    index: int,
+    calibration: Calibration,
+    args: Args,
+    skipped: list[str],
+    mixed: dict,
+    print_once: Callable,
 ) -> Iterator[dict]:
     """Quantize a block's linears in the order of its computation: q, k, v, then o, then gate and up, then down.
 
-    Yields the report's row of each.
+    All but those of the paths `skipped`. Yields the report's row of each.
     """
     method, block, start = METHODS[args.method], model.layers[index], time.perf_counter()
     refs, stages = linear_refs(model, index), sequential_groups(block, model.config)
+    stages = without_skipped(stages, {name for name, ref in refs.items() if ref.path in skipped})
     stats = {}  # by the name of a group's first linear
 
     def observe(groups):
@@ -297,11 +349,11 @@ def quantize_block(
             shared = method.prepare(group_stats, args)
             for name in group.names:  # the time of what linears share is in the first one's row
                 path, shape = refs[name].path, [refs[name].layer.n_in, refs[name].layer.n_out]
-                own = dataclasses.replace(args, bits=bits_of(quantization, path))
+                own = dataclasses.replace(args, bits=bits_of({"bits": args.bits, **mixed}, path))
                 error, damping = method.quantize(refs[name], group_stats, shared, own)
-                row = {"linear": path, "shape": shape, "error": error, "damping": damping}
-                now = time.perf_counter()
-                yield {**row, "scheme": refs[name].layer.scheme, "seconds": round(now - start, 3)}
+                row = {"linear": path, "shape": shape, "error": error, "damping": damping, **group_stats.outliers}
+                row |= {"scheme": refs[name].layer.scheme, "static": refs[name].layer.input_scale is not None}
+                yield {**row, "seconds": round(time.perf_counter() - start, 3)}
                 start = time.perf_counter()
 
 
@@ -316,9 +368,13 @@ def report_line(row: dict, percdamp: float) -> str:
     return f"{row['linear']:<42} {shape:>12}  {row['scheme']:<4}  {numbers}{note}"
 
 
-def quantization_config(args: Args) -> dict:
-    """What config.json says of the integers."""
+def quantization_config(args: Args, skipped: list[str], rows: list[dict]) -> dict:
+    """What config.json says of the integers; skipped: linears that stay floats; rows: of the report."""
     config = {"bits": args.bits, "group_size": args.group_size, "algorithm": args.algorithm, "shift": args.shift}
+    if skipped:
+        config["modules_to_not_convert"] = skipped
+    if args.weights_type == "a8w8" and args.activation == "mixed":
+        config["per_token_modules"] = [row["linear"] for row in rows if not row["static"]]
     return {**METHODS[args.method].config(args), **config}
 
 
@@ -331,7 +387,7 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
         return None, 0, None
     path = args.dataset_name_or_path
     a8w8_steps = max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
-    steps = a8w8_steps if args.quant_type == "a8w8" else args.gptq_step
+    steps = a8w8_steps if args.weights_type == "a8w8" else args.gptq_step
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
         size, T = args.per_device_train_batch_size, args.max_length
         calibration = CorpusLoader(path, args.split, "train", steps * size, T, size, seed=args.seed)
@@ -370,6 +426,8 @@ def open_model(args: Args) -> CausalLM:
     if model.config.quantization is not None:
         method = model.config.quantization["quant_method"]
         raise UserError(f"{args.model_name_or_path}: is quantized already ({method}); give the float model")
+    if args.quant_type.endswith("c8") and model.config.position == "rope_2d":
+        raise UserError(f"quant_type: {args.quant_type}: ChatGLM-6B keeps keys and values in float32; leave c8 out")
     if model.prefix is not None:
         path = args.lora_path or args.model_name_or_path
         raise UserError(f"{path}: a prefix cannot be quantized; quantize its base model")
@@ -495,10 +553,23 @@ def main(args: Args) -> None:
     summary(report, args)
 
 
+def outlier_lines(rows: list[dict], ratio: float) -> list[str]:
+    """Lines about inputs whose largest channel, or token, is over `ratio` times the median one, the worst by name."""
+    lines = []
+    for kind in ("channel", "token"):
+        found = {row["linear"]: row[f"{kind}_outlier"] for row in rows if row.get(f"{kind}_outlier", 0) > ratio}
+        worst = ", ".join(f"{path} {found[path]:.0f}" for path in sorted(found, key=lambda path: -found[path])[:4])
+        if found:
+            lines.append(f"outlier {kind}s, over {ratio:g} x the median, before {len(found)} linears: {worst}")
+    return lines
+
+
 def summary(report: dict, args: Args) -> None:
     """Print the result of the run."""
     print(f"\n{len(report['linears'])} linears in {report['seconds']:.1f} s")
     print("\n".join(formats_table(report["linears"])))
+    for line in outlier_lines(report["linears"], args.outlier_ratio):
+        print(line)
     if before := report["dev_before"]:
         print("\n".join(comparison_table(before, report["dev_after"])))
         if (loss := 100 * (report["dev_after"]["eval_ppl"] / before["eval_ppl"] - 1)) >= 1:

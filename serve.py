@@ -70,7 +70,8 @@ class Args(ScriptArgs):
     block_size: int = 16  # tokens of a block of the pool
     num_blocks: int | None = None  # blocks of the pool; None: what kv_cache_gb holds, but no more than can be in use
     kv_cache_gb: float = 1.0  # memory of the pool
-    cachekv_int8_type: str | None = None  # dynamic: the pool in int8 with a scale a token and head; None: float32
+    cachekv_int8_type: str | None = None  # dynamic: the pool in int8 with a scale a token and head; static: with the
+    # scales of heads that quantize.py's quant_type …c8 left in the folder; None: float32
     dtype: str | None = None  # float32, bfloat16, or auto: bfloat16 where possible; None: float32, with quant auto
     quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
@@ -110,7 +111,7 @@ class Args(ScriptArgs):
         for key, choices in (
             ("mode", ("dynamic", "static")),
             ("decode_strategy", ("sampling", "greedy_search")),
-            ("cachekv_int8_type", (None, "dynamic")),
+            ("cachekv_int8_type", (None, "dynamic", "static")),
             ("dtype", (None, "auto", "float32", "bfloat16")),
             ("quant", (None, *QUANT_GROUPS)),
             ("pooling_type", POOLINGS),
@@ -233,7 +234,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         max_queue=args.max_queue,
         seed=args.seed,
         adapters=adapters,
-        int8_cache=args.cachekv_int8_type is not None,
+        int8_cache=args.cachekv_int8_type or False,
         dtype=dtype,
         int8_head=args.quant in ("w8", "w4"),
         speculator=open_speculator(args, tokenizer, num_blocks, dtype) if args.speculate_method else None,

@@ -4,7 +4,7 @@ import re
 
 QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the supported values
     "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
-    "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
+    "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor", "mixed")},
 }
 DEQUANTIZED = {  # quant_method of what formats/dequantize.py opens as floats: {key: what it may be, the default first}
     "gptq": {"bits": (4, 2, 3, 8), "checkpoint_format": ("gptq", "gptq_v2", None)},

@@ -21,7 +21,17 @@ from paddle import nn
 
 from families import ModelConfig
 from formats.files import UserError
-from model import CausalLM, Linear, MoE, QuantLinear, block_linears, norm_consumers, set_parameter
+from model import (
+    CausalLM,
+    KVCache,
+    Linear,
+    MoE,
+    QuantLinear,
+    block_linears,
+    kernel_attention,
+    norm_consumers,
+    set_parameter,
+)
 
 
 class ActivationStats:
@@ -31,6 +41,8 @@ class ActivationStats:
         self.tokens, self.rows_per_batch = 0, keep_rows
         self.hessian = np.zeros((n, n)) if keep_hessian else None  # float64, X^T X
         self.low, self.high, self.rows = [], [], []  # a batch: (n,) least, (n,) largest, (rows_per_batch, n)
+        self.token_max = []  # a batch: (tokens,) the largest |x| of each
+        self.scale = None  # a8w8: the scale of all tokens, if each has not its own
 
     def add(self, x):
         """x (tokens, n) of one batch, padding taken out."""
@@ -39,6 +51,7 @@ class ActivationStats:
             self.hessian += paddle.matmul(x, x, transpose_x=True).numpy()
         self.low.append(x.min(0).numpy())
         self.high.append(x.max(0).numpy())
+        self.token_max.append(x.abs().max(1).numpy())
         if self.rows_per_batch:
             chosen = np.unique(np.linspace(0, x.shape[0] - 1, self.rows_per_batch).astype(np.int64))
             self.rows.append(x.index_select(paddle.to_tensor(chosen)).numpy())
@@ -51,8 +64,20 @@ class ActivationStats:
         """(n,) least and largest of the first `batches` batches."""
         return np.min(self.low[:batches], 0), np.max(self.high[:batches], 0)
 
+    @functools.cached_property
+    def outliers(self):
+        """How many times the median the largest channel and the largest token are, by their largest |x|; {} unknown.
+
+        Of the inputs as they were observed: computed before they are transformed."""
+        if not self.tokens:
+            return {}
+        low, high = self.extremes(None)
+        sizes = {"channel": np.maximum(-low, high), "token": np.concatenate(self.token_max)}
+        return {f"{name}_outlier": round(float(v.max() / max(np.median(v), 1e-30)), 2) for name, v in sizes.items()}
+
     def transform(self, shift, scale):
         """The same of (X - shift) / scale, both (n,)."""
+        self.outliers  # noqa: B018, of the inputs before
         for values in (self.low, self.high, self.rows):
             values[:] = [(v - shift) / scale for v in values]
 
@@ -94,13 +119,13 @@ class Calibration:
     def tokens(self):
         return sum(int(x.shape[0] * x.shape[1] if real is None else real.shape[0]) for x, _, real in self.items)
 
-    def run(self, block, every=()):
+    def run(self, block, every=(), cache=None):
         """Yields (batch number, places of real tokens, block's output) of each batch, which runs when called.
 
-        every: experts that are given all tokens besides, for Recorders in them.
+        every: experts that are given all tokens besides, for Recorders in them. cache: a KVCache for its attention.
         """
         for number, (x, context, real) in enumerate(self.items):
-            output = functools.partial(block, x, context)
+            output = functools.partial(block, x, context, cache=cache)
             with real_experts(block.mlp, real, every):
                 yield number, real, lambda: output()[0]
 
@@ -131,10 +156,37 @@ class Calibration:
                 recorder.real = real
             output()
 
-    def advance(self, block):
+    def advance(self, block, cache: "CacheRecorder | None" = None):
         """Replace the hidden states by the block's outputs."""
-        for number, _, output in self.run(block):
+        for number, real, output in self.run(block, cache=cache):
+            if cache is not None:
+                cache.real = real
             self.items[number][0] = output()
+
+
+class CacheRecorder(KVCache):
+    """Attention as without a cache; keeps the largest |k| and |v| of each head (K,), by layer and batch."""
+
+    def __init__(self, layers: int):
+        self.keys, self.values = [[] for _ in range(layers)], [[] for _ in range(layers)]
+        self.real = None  # places of real tokens in this batch; None: all
+
+    def attend(self, layer, q, k, v, *, mask_rows, window, **options) -> paddle.Tensor:
+        for x, largest in ((k, self.keys), (v, self.values)):
+            by_token = x.abs().max(-1).reshape([-1, x.shape[2]])  # (B T, K)
+            by_token = by_token if self.real is None else by_token.index_select(self.real)
+            largest[layer].append(by_token.max(0).numpy())
+        return kernel_attention(q, k, v, None, None, mask_rows, **options)
+
+    def scales(self, method: str) -> dict[str, list]:
+        """{"k_scales", "v_scales"}: by layer the scales of int8 codes of its K heads, from the largest value of all
+        batches (abs_max_headwise) or the mean of theirs (avg_headwise)."""
+        over = np.mean if method == "avg_headwise" else np.max
+        layers = {"k_scales": self.keys, "v_scales": self.values}
+        return {
+            name: [[float(np.float32(max(x, 1e-8) / 127)) for x in over(batches, axis=0)] for batches in largest]
+            for name, largest in layers.items()
+        }
 
 
 @contextlib.contextmanager
@@ -206,6 +258,10 @@ class LinearGroup(NamedTuple):
     columns: np.ndarray | None = None  # of a linear source: which of its outputs become the inputs; None: all, in order
     heads: tuple = (1, 1)  # each of so many runs of these outputs is read so many times over
     fixed: str = ""  # why the source cannot be scaled
+
+    @property
+    def kind(self):
+        return self.names[0].rpartition(".")[2]
 
     @property
     def of_norm(self):

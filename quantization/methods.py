@@ -3,6 +3,7 @@
 A new method is a class with the functions of WeightOnly and a row in METHODS.
 """
 
+import kernels
 from kernels.rounding import (
     QuantizedWeight,
     int8_weight,
@@ -16,7 +17,7 @@ import numpy as np
 from formats.files import UserError
 from model import QuantLinear
 from quantization.gptq import gptq, gptq_plan, output_error
-from quantization.smoothing import input_scale, int8_rows, prepare_block
+from quantization.smoothing import prepare_block
 
 
 class WeightOnly:
@@ -95,14 +96,14 @@ class A8W8:
 
     def quantize(self, ref, stats, shared, args) -> tuple:
         """Replace a linear by its int8 codes; (relative error of rounded inputs and weights, None)."""
-        weight, rows = ref.layer.weight.numpy(), np.concatenate(stats.rows)
+        weight, static = ref.layer.weight.numpy(), stats.scale
         codes, scales = int8_weight(weight)
-        static = input_scale(stats, args.act_quant_method) if args.activation == "per_tensor" else None
         layer = QuantLinear(*weight.shape, "a8w8", bias=ref.layer.bias is not None, static_input=static is not None)
         tensors = {} if static is None else {"input_scale": np.array([static], np.float32)}
+        rows = np.concatenate(stats.rows)
         ref.replace(layer, qweight=codes, scales=scales, **tensors)
         exact = rows @ weight
-        rounded = (int8_rows(rows, static) @ codes.astype(np.float32)) * scales
+        rounded = layer.product(kernels.to_tensor(rows)).numpy()
         return float(np.linalg.norm(rounded - exact) / max(np.linalg.norm(exact), 1e-30)), None
 
     def config(self, args) -> dict:

@@ -2,7 +2,8 @@
 
     progress = Progress(args, files)                        # files: model and data, whose content must be the same
     before = progress.once("before", lambda: evaluate(…))   # computed, or as the killed run had it
-    rows = progress.restore(model, quantization)            # finished blocks are put into the model
+    rows = progress.rows()                                  # of the report, for the finished blocks
+    progress.restore(model, quantization)                   # which are put into the model
     progress.save(index, block, rows)                       # after each block
     progress.remove()                                       # when the model is written
 
@@ -84,12 +85,14 @@ class Progress:
         write_safetensors(self.folder / f"block-{index:05d}.safetensors", tensors)
         self._write(f"block-{index:05d}.json", rows)
 
-    def restore(self, model: CausalLM, quantization: dict) -> list[list[dict]]:
-        """Put the finished blocks into a float model that quantization_config `quantization` says; their rows."""
+    def rows(self) -> list[dict]:
+        """The report's rows of the finished blocks; none of a run that does not go on."""
         count = self.finished_blocks() if self.started else 0
-        if not count:
-            return []
-        rounded = build(dataclasses.replace(model.config, quantization=quantization))
+        return [row for index in range(count) for row in read_json(self.folder / f"block-{index:05d}.json")]
+
+    def restore(self, model: CausalLM, quantization: dict) -> None:
+        """Put the finished blocks into a float model that quantization_config `quantization` says."""
+        rounded, count = build(dataclasses.replace(model.config, quantization=quantization)), self.finished_blocks()
         for index in range(count):
             file = self.folder / f"block-{index:05d}.safetensors"
             places, arrays = rounded.layers[index].state_dict(), read_safetensors(file)
@@ -100,7 +103,6 @@ class Progress:
             model.layers[index] = rounded.layers[index]
         model.eval()
         print(f"{self.folder}: goes on behind {count} finished blocks", flush=True)
-        return [read_json(self.folder / f"block-{index:05d}.json") for index in range(count)]
 
     @property
     def saving(self) -> bool:

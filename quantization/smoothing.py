@@ -1,18 +1,21 @@
 """Shift and SmoothQuant: the outliers of inputs move into the weights before both are rounded to int8.
 
 prepare_block() changes the float weights of one block so that its function stays the same. The channels' factors come
-from maxima (smooth_scale) or from a search over pieces of channels (piecewise_search).
+from maxima (smooth_scale) or from a search over pieces of channels (piecewise_search), which measures the error of
+rounding on sampled inputs (RoundingError). choose_input_scale() then sets the scale of each input.
 """
 
+import kernels
 from kernels.rounding import int8_weight
 
 import numpy as np
+import paddle
 from paddle import nn
 
 from arguments import ScriptArgs
 from families import ModelConfig
 from model import norm_consumers, set_parameter, shiftable_norms
-from quantization.calibration import ActivationStats, sequential_groups
+from quantization.calibration import ActivationStats, LinearGroup, sequential_groups
 
 
 def shift(norm: nn.Layer, layers: list, z: np.ndarray) -> None:
@@ -63,17 +66,45 @@ def smooth_scale(x_max: np.ndarray, w_max: np.ndarray, alpha: float) -> np.ndarr
     return np.where((x_max > 0) & (w_max > 0), scale, 1.0).astype(np.float32)
 
 
-def int8_rows(x: np.ndarray, input_scale: float | None) -> np.ndarray:
-    """x (n, in) rounded to int8 steps of input_scale; None: of each row's own scale."""
-    scale = np.maximum(np.abs(x).max(1, keepdims=True), 1e-8) / 127 if input_scale is None else input_scale
-    return np.clip(np.rint(x / scale), -128, 127) * scale
-
-
 def input_scale(inputs: ActivationStats, method: str, smoothing: np.ndarray | float = 1.0) -> np.float32:
-    """One scale for X / smoothing: the largest of all batches (abs_max) or the mean of theirs (avg), over 127."""
+    """One scale for X / smoothing: the mean of the batches' largest values (avg), or the largest of all, over 127."""
     largest = [(np.maximum(np.abs(low), np.abs(high)) / smoothing).max() for low, high in zip(inputs.low, inputs.high)]
-    value = max(largest) if method == "abs_max" else np.mean(largest)
+    value = np.mean(largest) if method == "avg" else max(largest)
     return np.float32(max(value, 1e-8) / 127)
+
+
+class RoundingError:
+    """The error of one input X (tokens, n) and weight W (n, out) in int8, on the sampled rows, for any factors s (n,).
+
+    It is the mean over tokens of ||Q(X/s) Q(sW) - XW||^2 / ||XW||^2, so that a few tokens with huge outputs do not
+    decide alone; a token of small outputs counts by the median token's. The products are those of kernels.quant_linear.
+    """
+
+    COLUMNS = 768  # outputs of one product
+
+    def __init__(self, inputs: ActivationStats, weight: np.ndarray):
+        self.rows = np.concatenate(inputs.rows)
+        exact = self.rows @ weight
+        size = np.square(exact).sum(1)
+        size = np.maximum(size, max(float(np.median(size)), 1e-30))
+        self.token_weights = 1 / (len(size) * size)  # (tokens,)
+        starts = range(0, weight.shape[1], self.COLUMNS)
+        columns = [slice(start, start + self.COLUMNS) for start in starts]
+        self.parts = [(np.ascontiguousarray(weight[:, c]), np.ascontiguousarray(exact[:, c])) for c in columns]
+
+    def measure(self, scale: np.ndarray | float, static: float | None, limit: float = np.inf) -> float:
+        """The error with one scale for X/s or, if static is None, one for each token; any number >= limit if it passes
+        `limit` before all outputs are computed."""
+        total, x = 0.0, kernels.to_tensor((self.rows / scale).astype(np.float32))
+        static = None if static is None else kernels.to_tensor(np.array([static], np.float32))
+        for weight, exact in self.parts:
+            codes, scales = map(kernels.to_tensor, int8_weight(weight * np.reshape(scale, (-1, 1))))
+            difference = kernels.quant_linear(x, codes, scales, None, "a8w8", input_scale=static).numpy()
+            difference -= exact
+            total += float(np.einsum("to,to->t", difference, difference) @ self.token_weights)
+            if total >= limit:
+                break
+        return total
 
 
 def split_channels(values: np.ndarray, k: int) -> np.ndarray:
@@ -88,95 +119,151 @@ def split_channels(values: np.ndarray, k: int) -> np.ndarray:
         centers = means
 
 
-def piecewise_search(parts: list, x_max: np.ndarray, w_max: np.ndarray, args: ScriptArgs) -> tuple:
-    """Smoothing factors (n,) of least error on the sampled rows, and that error ||Q(X/s) Q(sW) - XW||^2 / ||XW||^2.
-
-    parts: [(ActivationStats, weight (n, out))], errors are summed; several where experts read one norm. Channels are
-    split into pieces by x_max. Piece by piece, the factors s(alpha) and constants are tried for its channels while the
-    others stay as chosen so far (at first as plain smoothing has them), and the best is taken. The result is therefore
-    never worse on these rows than plain smoothing. With smooth_search_piece, 1 … smooth_k_piece pieces are tried."""
-    parts = [(inputs, np.concatenate(inputs.rows), weight) for inputs, weight in parts]
-    exact = [rows @ weight for _, rows, weight in parts]
-    total = max(sum(float(np.square(w, dtype=np.float64).sum()) for w in exact), 1e-30)
-
-    def error(scale):
-        squared = 0.0
-        for (inputs, rows, weight), right in zip(parts, exact):
-            static = input_scale(inputs, args.act_quant_method, scale) if args.activation == "per_tensor" else None
-            codes, scales = int8_weight(weight * scale[:, None])
-            rounded = (int8_rows(rows / scale, static) @ codes.astype(np.float32)) * scales
-            squared += float(np.square(rounded - right, dtype=np.float64).sum())
-        return squared / total
-
-    steps = np.arange(args.search_alpha_min, args.search_alpha_max + args.search_alpha_step / 2, args.search_alpha_step)
-    candidates = [smooth_scale(x_max, w_max, alpha) for alpha in steps]
+def candidate_scales(statistics: list, args: ScriptArgs) -> list[np.ndarray]:
+    """The factors (n,) that a search tries: smooth_scale() of each pair of `statistics` with each alpha, constants."""
+    stop = args.search_alpha_max + args.search_alpha_step / 2
+    alphas = np.arange(args.search_alpha_min, stop, args.search_alpha_step)
     constants = np.arange(args.search_scale_min, args.search_scale_max + 1e-6, 0.5)
-    candidates += [np.full_like(x_max, c) for c in constants]
+    found = [smooth_scale(x, w, alpha) for x, w in statistics for alpha in alphas]
+    return found + [np.full_like(statistics[0][0], c) for c in constants]
+
+
+@paddle.no_grad()
+def piecewise_search(parts: list, statistics: list, args: ScriptArgs) -> tuple:
+    """Smoothing factors (n,) of least error on the sampled rows, and that error, see RoundingError.
+
+    parts: [(ActivationStats, weight (n, out))] of each linear; their errors are summed. statistics: [(of the inputs, of
+    the weights), …], each (n,); the first are the maxima. Channels are split into pieces by the
+    inputs' maxima. Piece by piece, the candidates are tried for its channels while the others stay as chosen so far
+    (at first as plain smoothing has them), and the best is taken. The result is therefore never worse on these rows
+    than plain smoothing. With smooth_search_piece, 1 … smooth_k_piece pieces are tried."""
+    parts = [(inputs, RoundingError(inputs, weight)) for inputs, weight in parts]
+
+    def error(scale, limit=np.inf):
+        total = 0.0
+        for inputs, rounding in parts:
+            static = None if args.activation == "per_token" else input_scale(inputs, args.act_quant_method, scale)
+            total += rounding.measure(scale, static, limit - total)
+            if total >= limit:
+                break
+        return total
+
+    (x_max, w_max), candidates = statistics[0], candidate_scales(statistics, args)
     plain = smooth_scale(x_max, w_max, args.smooth_alpha)
-    best_scale, least = plain, error(plain)
+    plain_error = error(plain)
+    best_scale, least = plain, plain_error
     for k in range(1, args.smooth_k_piece + 1) if args.smooth_search_piece else (args.smooth_k_piece,):
         piece_of = split_channels(x_max, k)
-        scale, scale_error = plain, error(plain)
+        scale, scale_error = plain, plain_error
         for piece in range(piece_of.max() + 1):
             for candidate in candidates:
                 tried = np.where(piece_of == piece, candidate, scale)
-                if (e := error(tried)) < scale_error:
+                if (e := error(tried, scale_error)) < scale_error:
                     scale, scale_error = tried, e
         if scale_error < least:
             best_scale, least = scale, scale_error
     return best_scale, least
 
 
+def channel_statistics(seen: list, weights: list, args: ScriptArgs) -> list[tuple]:
+    """[(largest |X|, largest |W|), (root mean square of X, of W)] by channel, each (n,), of all inputs and weights.
+
+    Both are of use: a channel with rare peaks has a large maximum beside a small mean."""
+    low, high = extremes(seen, args.smooth_step)
+    rows = np.concatenate([part for inputs in seen for part in inputs.rows])
+    weight = np.concatenate(weights, axis=1)
+    return [
+        (np.maximum(np.abs(low), np.abs(high)), np.abs(weight).max(1)),
+        (np.sqrt(np.square(rows).mean(0)), np.sqrt(np.square(weight).mean(1))),
+    ]
+
+
+def choose_input_scale(inputs: ActivationStats, weights: list, args: ScriptArgs) -> np.float32 | None:
+    """The static scale of an input X that linears with these weights (n, out) read; None: one for each token.
+
+    With activation mixed a scale a token is taken where the root of the error with one scale is per_token_ratio times
+    that with a scale a token: where few tokens are much larger than the others."""
+    if args.activation == "per_token":
+        return None
+    static = input_scale(inputs, args.act_quant_method)
+    if args.activation == "mixed":
+        roundings = [RoundingError(inputs, weight) for weight in weights]
+        one, many = (sum(rounding.measure(1.0, scale) for rounding in roundings) for scale in (static, None))
+        if one > args.per_token_ratio**2 * many:
+            return None
+    return static
+
+
 SEARCHED = 8  # experts that read one norm and are used by the search: those with the most tokens
 
 
 def prepare_block(block: nn.Layer, refs: dict, inputs: dict, config: ModelConfig, args: ScriptArgs) -> list[str]:
-    """Shift and smooth the linears of a block and, accordingly, `inputs` {first linear of a group: ActivationStats}.
+    """Shift and smooth the linears of a block and, accordingly, `inputs` {first linear of a group: ActivationStats},
+    and choose the scale of each input.
 
-    Returns lines that say what was left out, and why.
+    Groups of which no linear is in `inputs` stay as they are. Returns lines that say what was left out, and why.
     """
-    layers, readers, shiftable = dict(block.named_sublayers()), norm_consumers(block), shiftable_norms(block)
     by_source, left_out = {}, []
     for group in (group for stage in sequential_groups(block, config) for group in stage):
-        by_source.setdefault(group.source if group.of_norm else group.names, []).append(group)
+        if not inputs.keys().isdisjoint(group.names):
+            by_source.setdefault(group.source if group.of_norm else group.names, []).append(group)
+        elif args.shift and group.source in shiftable_norms(block):  # config.json's "shift" is of all norms
+            shift_norm(block, group.source, np.zeros(refs[group.names[0]].layer.n_in, np.float32))
     for groups in by_source.values():
-        group, seen = groups[0], [inputs[g.names[0]] for g in groups]
-        source, kind = layers[group.source], group.names[0].rpartition(".")[2]
-        linears_of = [[refs[name].layer for name in g.names] for g in groups]
-        if args.shift and group.of_norm and group.source in shiftable:
-            low, high = extremes(seen, args.shift_step)
-            shift(source, [layer for part in linears_of for layer in part], (low + high) / 2)
-            for part in seen:
-                part.transform((low + high) / 2, np.ones_like(low))
-        elif args.shift and group.of_norm:
-            why = group.fixed or "a router reads the norm, and has no bias to take the constant"
-            left_out.append(f"shift: not before {kind}: {why}")
-        if not args.smooth or not (group.of_norm or args.smooth_all_linears):
-            continue
-        if group.fixed:
-            left_out.append(f"smooth: not before {kind}: {group.fixed}")
-            continue
-        low, high = extremes(seen, args.smooth_step)
-        x_max = np.maximum(np.abs(low), np.abs(high))
-        w_max = np.max([np.abs(layer.weight.numpy()).max(1) for part in linears_of for layer in part], axis=0)
-        heads, times = group.heads  # the heads of a group read the same channels of v: one factor for them
-        if times > 1:
-            x_max, w_max = (v.reshape(heads, times, -1).max(1, keepdims=True) for v in (x_max, w_max))
-            x_max, w_max = (np.repeat(v, times, axis=1).reshape(-1) for v in (x_max, w_max))
-        if args.smooth_piecewise_search:
-            most = sorted(range(len(seen)), key=lambda i: -seen[i].tokens)[:SEARCHED]
-            weights = [np.concatenate([layer.weight.numpy() for layer in linears_of[i]], axis=1) for i in most]
-            scale, _ = piecewise_search([(seen[i], weight) for i, weight in zip(most, weights)], x_max, w_max, args)
-        else:
-            scale = smooth_scale(x_max, w_max, args.smooth_alpha)
-        own = scale.reshape(heads, times, -1)[:, 0].reshape(-1)
-        readers_of = [layer for part in linears_of for layer in part]
-        if group.of_norm:  # a router too, which stays as it is
-            readers_of += [layers[name] for name in readers[group.source] if name not in refs]
-        smooth(source, readers_of, scale, own, group.columns)
-        for part in seen:
-            part.transform(np.zeros_like(scale), scale)
+        seen = [next(inputs[name] for name in group.names if name in inputs) for group in groups]
+        linears_of = [[refs[name].layer for name in group.names] for group in groups]
+        if args.shift and groups[0].of_norm:
+            left_out += shift_group(block, groups[0], seen, args)
+        if args.smooth and (groups[0].of_norm or args.smooth_all_linears):
+            left_out += smooth_group(block, groups[0], seen, linears_of, args)
+        for part, linears in zip(seen, linears_of):
+            part.scale = choose_input_scale(part, [layer.weight.numpy() for layer in linears], args)
     return left_out
+
+
+def shift_norm(block: nn.Layer, norm: str, z: np.ndarray) -> None:
+    """shift() of the norm with that name and of all linears that read it."""
+    layers = dict(block.named_sublayers())
+    shift(layers[norm], [layers[name] for name in shiftable_norms(block)[norm]], z)
+
+
+def shift_group(block: nn.Layer, group: LinearGroup, seen: list, args: ScriptArgs) -> list[str]:
+    """Center the inputs of the linears that read one norm; seen: [ActivationStats]. Lines about what is left out."""
+    if group.source not in shiftable_norms(block):
+        why = group.fixed or "a router reads the norm, and has no bias to take the constant"
+        return [f"shift: not before {group.kind}: {why}"]
+    low, high = extremes(seen, args.shift_step)
+    shift_norm(block, group.source, (low + high) / 2)
+    for part in seen:
+        part.transform((low + high) / 2, np.ones_like(low))
+    return []
+
+
+def smooth_group(block: nn.Layer, group: LinearGroup, seen: list, linears_of: list, args: ScriptArgs) -> list[str]:
+    """Divide the inputs of linears by factors that their source and their weights take.
+
+    seen, linears_of: [ActivationStats], [[linear, …]] of each. Lines about what is left out."""
+    if group.fixed:
+        return [f"smooth: not before {group.kind}: {group.fixed}"]
+    most = sorted(range(len(seen)), key=lambda i: -seen[i].tokens)[:SEARCHED]
+    readers = [layer for linears in linears_of for layer in linears]
+    statistics = channel_statistics(seen, [layer.weight.numpy() for layer in readers], args)
+    heads, times = group.heads  # the heads of a group read the same channels of v: one factor for them
+    if times > 1:
+        statistics = [[v.reshape(heads, times, -1).max(1, keepdims=True) for v in pair] for pair in statistics]
+        statistics = [[np.repeat(v, times, axis=1).reshape(-1) for v in pair] for pair in statistics]
+    if args.smooth_piecewise_search:
+        parts = [(seen[i], layer.weight.numpy()) for i in most for layer in linears_of[i]]
+        scale, _ = piecewise_search(parts, statistics, args)
+    else:
+        scale = smooth_scale(*statistics[0], args.smooth_alpha)
+    layers = dict(block.named_sublayers())
+    if group.of_norm:  # a router too, which stays as it is, and what is skipped
+        readers = [layers[name] for name in norm_consumers(block)[group.source]]
+    smooth(layers[group.source], readers, scale, scale.reshape(heads, times, -1)[:, 0].reshape(-1), group.columns)
+    for part in seen:
+        part.transform(np.zeros_like(scale), scale)
+    return []
 
 
 def extremes(seen: list, batches: int) -> tuple:

@@ -278,7 +278,7 @@ class Engine:
         max_queue: int = 256,
         seed: int = 0,
         adapters: dict | None = None,
-        int8_cache: bool = False,
+        int8_cache: bool | str = False,
         dtype: str = "float32",
         int8_head: bool = False,
         speculator: NgramSpeculator | DraftSpeculator | None = None,

@@ -485,7 +485,7 @@ def fastest_runner(
     num_blocks: int,
     block_size: int,
     adapters: dict | None = None,
-    int8: bool = False,
+    int8: bool | str = False,
     dtype: str = "float32",
     int8_head: bool = False,
     free_weights: bool = False,
@@ -493,6 +493,8 @@ def fastest_runner(
     """FusedRunner where it covers the model, else that of make_runner(), in float32, after a line that says why."""
     model.eval()
     why = why_not_fused(model, adapters, dtype) or (storage_missing("w8") if int8_head else None)
+    if int8 == "static" and why is None:
+        why = "it has no static scales of an int8 cache"
     if why is None:
         return FusedRunner(model, num_blocks, block_size, adapters, int8, dtype, int8_head, free_weights)
     print(f"fused_multi_transformer: not used, {why}; the model's layers run one by one", flush=True)

@@ -72,7 +72,7 @@ def make_runner(
     num_blocks: int,
     block_size: int,
     adapters: dict | None = None,
-    int8: bool = False,
+    int8: bool | str = False,
     key_heads: int | None = None,
 ) -> "PagedRunner | SequentialRunner":
     """The runner for a model; UserError where it cannot have an int8 cache. key_heads: see PagedRunner."""
@@ -81,6 +81,19 @@ def make_runner(
     if int8:
         raise UserError("cachekv_int8_type: ChatGLM-6B keeps keys and values in float32; leave the key out")
     return SequentialRunner(model, adapters)
+
+
+def static_cache_scales(config: ModelConfig) -> list[tuple]:
+    """[(of keys (K, 1), of values (K, 1)), …] by layer: the scales of an int8 cache that quantize.py found."""
+    found = [(config.quantization or {}).get(name) for name in ("k_scales", "v_scales")]
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    if any(scales is None or np.shape(scales) != shape for scales in found):
+        have = "none" if None in found else f"{np.shape(found[0])} and {np.shape(found[1])}"
+        raise UserError(
+            f"cachekv_int8_type: static needs k_scales and v_scales {shape} in quantization_config, there are {have}; "
+            "quantize.py writes them with a quant_type that ends in c8, and dynamic needs none"
+        )
+    return [tuple(paddle.to_tensor(np.array(of, np.float32)[:, None]) for of in layer) for layer in zip(*found)]
 
 
 @paddle.no_grad()
@@ -191,11 +204,14 @@ class PagedRunner(KVCache):
         num_blocks: int,
         block_size: int,
         adapters: dict | None = None,
-        int8: bool = False,
+        int8: bool | str = False,
         dtype: str = "float32",
         key_heads: int | None = None,
     ):
-        """int8, dtype: of the pool; dtype is "float32" or "bfloat16". key_heads: this rank's of tp; None: all."""
+        """int8, dtype: of the pool; dtype is "float32" or "bfloat16". key_heads: this rank's of tp; None: all.
+
+        int8 "static": codes have the scales of their layer and head in quantization_config (quant_type …c8); any other
+        that is true: each token's own."""
         model.eval()
         c, self.model, self.block_size = model.config, model, block_size
         self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.max_model_len
@@ -205,6 +221,9 @@ class PagedRunner(KVCache):
         dtype, layers = "int8" if int8 else dtype, range(c.num_hidden_layers)
         self.pools = [(paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)) for _ in layers]  # keys, values
         self.scales = [(paddle.zeros(shape[:3]), paddle.zeros(shape[:3])) if int8 else (None, None) for _ in layers]
+        self.static_scales = static_cache_scales(c) if int8 == "static" else None
+        for (k_scales, v_scales), fixed in zip(self.scales, self.static_scales or ()):
+            k_scales[:], v_scales[:] = fixed[0].squeeze(-1), fixed[1].squeeze(-1)
         self.slices = []
         self.adapters = install_adapters(model, adapters or {}, self.slices)
         # Of the step that is being computed, see _prepare:
@@ -317,11 +336,20 @@ class PagedRunner(KVCache):
         scale and options (window, softcap, alibi_slopes) are those of kernels.paged_attention, which makes the masks.
         """
         pool, scales = self.pools[layer], self.scales[layer]
-        kernels.write_cache(k[0], v[0], *pool, self.slots, *scales)
+        self._write(layer, k[0], v[0], self.slots)
         out = kernels.paged_attention(
             q[0], *pool, self.tables, self.query_lengths, self.context_lengths, scale, *scales, **options
         )
         return out.unsqueeze(0)
+
+    def _write(self, layer, k, v, slots):
+        """k and v (N, K, Dh) into these slots (N,) of a layer's pool."""
+        if self.static_scales is None:
+            kernels.write_cache(k, v, *self.pools[layer], slots, *self.scales[layer])
+        else:  # the pool of scales is as it should be, and codes are whole numbers
+            fixed = self.static_scales[layer]
+            codes = (paddle.clip(paddle.round(x / scale), -127, 127) for x, scale in zip((k, v), fixed))
+            kernels.write_cache(*codes, *self.pools[layer], slots)
 
     @paddle.no_grad()
     def fill_prefix(self, sequence: TokenSequence, start: int) -> None:
@@ -331,7 +359,7 @@ class PagedRunner(KVCache):
         at = np.arange(start, prefix.tokens)
         slots = kernels.to_tensor(np.array(sequence.blocks)[at // size] * size + at % size)
         for layer in range(prefix.layers):
-            kernels.write_cache(table[:, layer, 0], table[:, layer, 1], *self.pools[layer], slots, *self.scales[layer])
+            self._write(layer, table[:, layer, 0], table[:, layer, 1], slots)
 
     def release(self, sequence: TokenSequence) -> None:
         """Nothing to do: the blocks are the engine's."""

@@ -29,8 +29,9 @@ from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
 from quantization import gptq, methods, smoothing
-from quantization.calibration import Calibration, linear_refs, real_positions, sequential_groups
+from quantization.calibration import ActivationStats, Calibration, linear_refs, real_positions, sequential_groups
 from serving.engine import Engine, Request
+from serving.runners import ScheduledTokens, TokenSequence, make_runner
 from serving.sampling import SamplingParams
 
 pytestmark = pytest.mark.sweep(keep=4)
@@ -590,6 +591,139 @@ def test_pieces_are_runs_of_sorted_values():
         assert np.all(np.diff(found[np.argsort(values)]) >= 0)
 
 
+def observed(x, keep_rows=10**6):
+    """ActivationStats of x (tokens, n)."""
+    stats = ActivationStats(x.shape[1], False, keep_rows)
+    stats.add(paddle.to_tensor(x))
+    return stats
+
+
+def plain_error(rows, weight, scale, static):
+    """RoundingError.measure() written out, in float64."""
+    x, (codes, scales) = rows / scale, rounding.int8_weight(weight * scale[:, None])
+    step = np.abs(x).max(1, keepdims=True) / 127 if static is None else static
+    rounded = np.clip(np.rint(x / step), -128, 127).astype(np.float64) * step @ (codes.astype(np.float64) * scales)
+    exact = rows.astype(np.float64) @ weight
+    size = np.square(exact).sum(1)
+    return float(np.mean(np.square(rounded - exact).sum(1) / np.maximum(size, np.median(size))))
+
+
+def plain_search(x, weights, statistics, args):
+    """piecewise_search() written out: each candidate is measured in full."""
+
+    def error(scale):
+        static = None if args.activation == "per_token" else max(np.abs(x / scale).max(), 1e-8) / 127
+        return sum(plain_error(x, weight, scale, static) for weight in weights)
+
+    candidates, found = smoothing.candidate_scales(statistics, args), []
+    for k in range(1, args.smooth_k_piece + 1):
+        piece_of, scale = smoothing.split_channels(statistics[0][0], k), smoothing.smooth_scale(*statistics[0], 0.5)
+        for piece in range(piece_of.max() + 1):
+            tried = [scale] + [np.where(piece_of == piece, candidate, scale) for candidate in candidates]
+            scale = min(tried, key=error)
+        found.append((error(scale), scale))
+    return min(found, key=lambda pair: pair[0])
+
+
+@pytest.mark.parametrize("activation", ["per_tensor", "per_token"])
+def test_the_search_finds_what_trying_everything_in_full_finds(activation):
+    x, weight = layer_problem(40, 700, 150, rank=12)
+    x[:, 3] *= 30
+    x[7] *= 50  # a token
+    stats, weights = observed(x), [weight[:, :600], weight[:, 600:]]
+    args = make_args(do_ptq=True, smooth=True, activation=activation, **{**SEARCH, "search_alpha_step": 0.15})
+    statistics = smoothing.channel_statistics([stats], weights, args)
+    np.testing.assert_allclose(statistics[0], [np.abs(x).max(0), np.abs(weight).max(1)], rtol=1e-6)
+    np.testing.assert_allclose(statistics[1][1], np.sqrt(np.mean(weight**2, 1)), rtol=1e-5)
+    scale, error = smoothing.piecewise_search([(stats, w) for w in weights], statistics, args)
+    expected_error, expected = plain_search(x, weights, statistics, args)
+    np.testing.assert_allclose(scale, expected, rtol=1e-6)
+    np.testing.assert_allclose(error, expected_error, rtol=1e-3)
+    plain = smoothing.smooth_scale(*statistics[0], 0.5)
+    measured = smoothing.RoundingError(stats, weights[0])
+    static = None if activation == "per_token" else smoothing.input_scale(stats, "avg", plain)
+    whole = measured.measure(plain, static)
+    np.testing.assert_allclose(whole, plain_error(x, weights[0], plain, static), rtol=1e-3)
+    assert measured.measure(plain, static, 1.01 * whole) == whole
+    assert measured.measure(plain, static, 0.5 * whole) >= 0.5 * whole  # and then the rest is left out
+
+
+def test_input_scales_are_chosen_by_their_error():
+    x, weight = layer_problem(40, 30, 200, rank=12)
+    x /= np.abs(x).max(1, keepdims=True)
+    even, uneven = observed(x), observed(np.concatenate([x, 100 * x[:1]]))
+    mixed = make_args(do_ptq=True, activation="mixed", act_quant_method="abs_max")
+    assert smoothing.choose_input_scale(even, [weight], mixed) == smoothing.input_scale(even, "abs_max")
+    assert smoothing.choose_input_scale(uneven, [weight], mixed) is None
+    assert uneven.outliers["token_outlier"] > 40 > even.outliers["token_outlier"]
+    assert smoothing.choose_input_scale(even, [weight], make_args(do_ptq=True, activation="per_token")) is None
+
+
+SKIPPED = {  # keys: how many linears of the 14 stay floats
+    "gptq": ({"do_gptq": True, "quant_type": "wint8", "skip_list_names": "down_proj"}, 2),
+    "a8w8": ({"do_ptq": True, "activation": "mixed", "shift": True, "smooth": True, "smooth_all_linears": True,
+              "skip_list_names": ["0.self_attn.q_proj", "1.mlp.gate_proj", "1.mlp.up_proj"]}, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_skipped_linears_stay_floats_and_folders_with_them_open_again(kind, tmp_path):
+    keys, count = SKIPPED[kind]
+    net, loader, args = tiny_model(), make_loader(), make_args(**keys)
+    wanted = logits(net)
+    with paddle.no_grad():
+        rows = quantize.quantize_model(net, Calibration(net, loader, 2), args, print_line=lambda line: None)
+    floats = [p for p, (*_, layer) in model.block_linears(net).items() if not isinstance(layer, model.QuantLinear)]
+    assert len(floats) == count == 14 - len(rows) and not set(floats) & {row["linear"] for row in rows}
+    assert net.config.quantization["modules_to_not_convert"] == floats
+    save_pretrained(net, tmp_path / "out")
+    again = from_pretrained(tmp_path / "out").eval()
+    np.testing.assert_allclose(logits(again), logits(net), rtol=0, atol=1e-5)
+    assert np.abs(logits(net) - wanted).mean() < 0.1 * np.abs(wanted).mean()
+
+
+def test_scales_of_an_int8_cache_are_calibrated_and_served(tmp_path):
+    """quant_type …c8: largest |k| and |v| of each head, over 127; the engine's int8 codes are x / scale, rounded."""
+    net, args = tiny_model(), make_args(do_ptq=True, quant_type="wint8c8")
+    with paddle.no_grad():
+        rows = quantize.quantize_model(net, Calibration(net, make_loader(), 2), args, print_line=lambda line: None)
+    assert len(rows) == 14 and net.config.quantization["bits"] == 8
+    save_pretrained(net, tmp_path / "out")
+    again = from_pretrained(tmp_path / "out").eval()
+    assert again.config.quantization == net.config.quantization
+    batch, cache = make_loader().batch(0, 0), model.Cache(2)
+    args_of_batch = (paddle.to_tensor(batch[key]) for key in ("input_ids", "position_ids", "startend_row_indices"))
+    with paddle.no_grad():
+        again.hidden_states(*args_of_batch, caches=cache)
+    real = real_positions(batch, make_loader())
+    for kept, name in ((cache.keys, "k_scales"), (cache.values, "v_scales")):
+        largest = np.array([np.abs(x.numpy()[real]).max((0, 2)) for x in kept])  # (L, K) of the first of two batches
+        scales = np.array(again.config.quantization[name])
+        assert (
+            scales.shape == (2, 2) and np.all(largest / 127 <= scales * 1.0001) and np.all(largest / 127 > scales / 2)
+        )
+    params, prompt = SamplingParams(max_tokens=1, temperature=0.0), np.random.RandomState(5).randint(3, 3000, 30)
+    runners, found = {}, {}
+    for kind in (False, "static"):
+        engine = Engine(again, num_blocks=8, block_size=8, int8_cache=kind)
+        runner = runners[kind] = make_runner(again, 8, 8, int8=kind)
+        sequence = TokenSequence(prompt.tolist(), len(prompt), blocks=[0, 1, 2, 3])
+        found[kind] = runner.run([ScheduledTokens(sequence, 0, len(prompt))])[0]
+        assert len(engine.generate([Request(prompt.tolist(), params)])[0][0].token_ids) == 1
+    exact, codes = (runners[kind].pools[0][0].numpy().reshape(64, 2, -1)[:30] for kind in (False, "static"))
+    scale = np.array(again.config.quantization["k_scales"], np.float32)[0][:, None]
+    np.testing.assert_array_equal(codes, np.clip(np.rint(exact / scale), -127, 127))
+    assert 0 < np.abs(found["static"] - found[False]).mean() < 0.05 * np.abs(found[False]).mean()
+    with pytest.raises(UserError, match="static needs k_scales and v_scales"):
+        make_runner(tiny_model(), 8, 8, int8="static")
+
+
+def test_outliers_are_reported_by_linear():
+    rows = [{"linear": f"layers.{i}", "channel_outlier": 10.0 * i, "token_outlier": 1.0} for i in range(5)]
+    (line,) = quantize.outlier_lines([*rows, {"linear": "no data"}], 15.0)
+    assert line == "outlier channels, over 15 x the median, before 3 linears: layers.4 40, layers.3 30, layers.2 20"
+
+
 # ---------------------------------------------------------------------------------------------- the script
 
 KINDS = {
@@ -693,7 +827,8 @@ BAD = [
     ({"do_ptq": True, "auto_clip": True}, "auto_clip: "),
     ({"do_qat": True}, "do_qat: "),
     ({"do_ptq": True, "shift": True, "shift_all_linears": True}, "shift_all_linears: "),
-    ({"do_ptq": True, "quant_type": "a8w8c8"}, "a8w8c8"),
+    ({"do_ptq": True, "quant_type": "a8w8c4"}, "a8w8c4"),
+    ({"do_ptq": True, "quant_type": "wint8c8", "dataset_name_or_path": ""}, "c8 needs records"),
     ({"do_ptq": True, "quant_type": "a8w8_fp8"}, "a8w8_fp8"),
     ({"do_gptq": True, "quant_type": "a8w8"}, "weights alone"),
     ({"do_gptq": True, "smooth": True}, "needs quant_type: a8w8"),
@@ -703,6 +838,9 @@ BAD = [
     ({"do_gptq": True, "percdamp": -1.0}, "percdamp"),
     ({"do_gptq": True, "gptq_step": 0}, "gptq_step"),
     ({"do_ptq": True, "act_quant_method": "mse"}, "act_quant_method"),
+    ({"do_ptq": True, "skip_list_names": ["down_proj", "head"]}, "skip_list_names: 'head' is in no name"),
+    ({"do_gptq": True, "skip_list_names": "layers"}, "nothing is left to quantize"),
+    ({"do_ptq": True, "activation": "mixed", "per_token_ratio": 0.5}, "per_token_ratio: 0.5"),
     ({"do_ptq": True, "activation": "per_channel"}, "activation"),
     ({"do_gptq": True, "dataset_name_or_path": ""}, "dataset_name_or_path: missing"),
     ({"do_gptq": True, "dataset_name_or_path": "/no/such/folder"}, "/no/such/folder"),
