@@ -32,11 +32,6 @@ preference/train.jsonl, preference/dev.jsonl (for dpo.py; the same split of pair
     {"src":["type#dress*color#red"],"tgt":[],"response":["A red dress ...","A green dress ..."],"sort":[1,0]}
   The worse reply leaves values out, puts others in their place, or rambles.
 
-sums/train.json, sums/dev.json, sums/prompts.jsonl (a second world, for rl.py: four digits added one after the other)
-    {"src":"7+5+8+6","tgt":"7+5=12, 12+8=20, 20+6=26","answer":26}
-  train.json has so few sums that a model fine-tuned on them knows the form and not the sums; prompts.jsonl has no tgt.
-  No sum of dev.json is in the other two.
-
 corpus.jsonl   {"text": "..."}, one document a line: catalogues, advertisements, shop pages, reviews, dialogues (half of
                them in the marks of the chatml template), stories, parcel notes
 llama/         tokenizer.model: sentencepiece BPE trained on the corpus; ids: <unk> 0 (also padding), <s> 1, </s> 2,
@@ -45,7 +40,6 @@ llama/         tokenizer.model: sentencepiece BPE trained on the corpus; ids: <u
 """
 
 import io
-import itertools
 import json
 import random
 import re
@@ -57,7 +51,6 @@ SEED = 2024
 FOLDER = Path(__file__).resolve().parent
 SFT_COUNTS = {"train": 3000, "dev": 200}
 PREFERENCE_COUNTS = {"train": 1000, "dev": 100}
-SUM_COUNTS = {"train.json": 100, "dev.json": 200, "prompts.jsonl": 1500}
 CORPUS_COUNT = 40000
 VOCAB_SIZE = 3072
 VALUE_REPEATS = 40  # how often the tokenizer sees each English value besides the corpus
@@ -1428,27 +1421,7 @@ def preference_records(split, count):
             yield {"src": sources, "tgt": targets, "response": [worse, better], "sort": [0, 1]}
 
 
-# ==== 7. Sums ====
-
-
-def sum_records(name, count):
-    """Yields `count` sums for the file sums/{name}, no sum twice. One sum in ten is reserved for dev.json."""
-    rng, seen = random.Random(f"{SEED} sums {name}"), set()
-    while len(seen) < count:
-        digits = [rng.randint(1, 9) for _ in range(4)]
-        source = "+".join(map(str, digits))
-        if source in seen or (zlib.crc32(source.encode()) % 10 == 0) != (name == "dev.json"):
-            continue
-        seen.add(source)
-        totals = list(itertools.accumulate(digits))
-        steps = [f"{total - digit}+{digit}={total}" for digit, total in zip(digits[1:], totals[1:])]
-        record = {"src": source, "tgt": ", ".join(steps), "answer": totals[-1]}
-        if name == "prompts.jsonl":
-            del record["tgt"]
-        yield record
-
-
-# ==== 8. CheckpointWriter ====
+# ==== 7. CheckpointWriter ====
 
 
 def write_json(path, value):
@@ -1472,8 +1445,6 @@ def write_sets(folder):
         write_lines(folder / "sft" / f"{split}.json", sft_records(split, count))
     for split, count in PREFERENCE_COUNTS.items():
         write_lines(folder / "preference" / f"{split}.jsonl", preference_records(split, count))
-    for name, count in SUM_COUNTS.items():
-        write_lines(folder / "sums" / name, sum_records(name, count))
 
 
 def write_model_folder(folder):

@@ -20,24 +20,6 @@ def ends_with_a_sentence(completions, **_):
     return [float(text.rstrip().endswith((".", "!", "?", "。", "!", "?"))) for text in completions]
 
 
-def right_answer(completions, answer, **_):
-    """1 if the last number of the reply is the record's answer."""
-    return [float(re.findall(r"\d+", text)[-1:] == [str(right)]) for text, right in zip(completions, answer)]
-
-
-def right_steps(completions, src, **_):
-    """Share of the steps of a sum such as 7+5+8 that the reply has right, in their places: 7+5=12, 12+8=20."""
-    shares = []
-    for text, source in zip(completions, src):
-        first, *digits = map(int, source.split("+"))
-        steps, written = [], text.split(", ")
-        for digit in digits:
-            steps.append(f"{first}+{digit}={first + digit}")
-            first += digit
-        shares.append(sum(step == found for step, found in zip(steps, written)) / len(steps))
-    return shares
-
-
 def _mentions(text, word):
     pattern = rf"(?<!\w){re.escape(word)}(?!\w)" if word.isascii() else re.escape(word)
     return bool(re.search(pattern, text, re.IGNORECASE))

@@ -15,11 +15,9 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
 import draw_curves
 import make_demo
-import rewards
 
 SFT_FILES = ("sft/train.json", "sft/dev.json")
 PREFERENCE_FILES = ("preference/train.jsonl", "preference/dev.jsonl")
-SUM_FILES = tuple(f"sums/{name}" for name in make_demo.SUM_COUNTS)
 
 
 def read(name):
@@ -60,7 +58,7 @@ def test_same_seed_same_records_whatever_the_count(write):
 
 def test_committed_sets_are_what_the_script_writes(tmp_path):
     make_demo.write_sets(tmp_path)
-    for name in SFT_FILES + PREFERENCE_FILES + SUM_FILES:
+    for name in SFT_FILES + PREFERENCE_FILES:
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name
 
 
@@ -164,25 +162,6 @@ def test_preference_format(name):
     assert any(record["tgt"] for record in records)
 
 
-def test_sums_are_right_and_dev_has_others():
-    train, dev, prompts = map(read, SUM_FILES)
-    assert [len(part) for part in (train, dev, prompts)] == list(make_demo.SUM_COUNTS.values())
-    for record in train + dev + prompts:
-        assert record["answer"] == sum(map(int, record["src"].split("+")))
-    worked = {key: [record[key] for record in train + dev] for key in ("src", "tgt", "answer")}
-    completions = worked.pop("tgt")
-    assert set(rewards.right_answer(completions, **worked)) == set(rewards.right_steps(completions, **worked)) == {1.0}
-    asked = [{record["src"] for record in part} for part in (train, dev, prompts)]
-    assert len(asked[1]) == len(dev) and not asked[1] & (asked[0] | asked[2])
-
-
-def test_rewards_of_sums():
-    written = ["7+5=12, 12+8=20", "7+5=11, 11+8=20", "7+5=12, 12+8=21", "20", ""]
-    given = {"src": ["7+5+8"] * 5, "answer": [20] * 5}
-    assert rewards.right_answer(written, **given) == [1, 1, 0, 1, 0]
-    assert rewards.right_steps(written, **given) == [1, 0, 0.5, 0, 0]
-
-
 def test_a_curve_is_drawn(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 3, "reward": 0.75}\n')
     assert draw_curves.main([str(tmp_path), str(tmp_path / "out.svg"), "reward"]) == 0
@@ -223,14 +202,7 @@ def test_config_and_sizes():
     assert config["vocab_size"] == make_demo.VOCAB_SIZE
     assert config["num_attention_heads"] * config["head_dim"] == config["hidden_size"]
     assert make_demo.count_parameters(config) <= 3_000_000
-    names = (
-        *SFT_FILES,
-        *PREFERENCE_FILES,
-        *SUM_FILES,
-        "llama/tokenizer.model",
-        "llama/tokenizer_config.json",
-        "llama/config.json",
-    )
+    names = (*SFT_FILES, *PREFERENCE_FILES, "llama/tokenizer.model", "llama/tokenizer_config.json", "llama/config.json")
     assert sum((DEMO / name).stat().st_size for name in names) <= 1_900_000
 
 
