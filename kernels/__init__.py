@@ -590,7 +590,7 @@ def log_probabilities(logits: paddle.Tensor, ids: np.ndarray, temperature: np.nd
 
     logits (S, V) float32; ids (S,), temperature (S,) > 0 -> numpy: the log-probabilities of ids (S,) and the entropies
     (S,), in nats; ids of the likeliest (S, count), the likeliest first and the first of equals, and their
-    log-probabilities (S, count). Floats are float64, summed in float64; NaN for a row whose largest logit is not finite.
+    log-probabilities (S, count). Floats are float64 and summed as such; NaN where a row's largest logit is not finite.
     """
     return _run("log_probabilities", logits, ids, temperature, count)
 

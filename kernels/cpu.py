@@ -48,8 +48,8 @@ from paddle.autograd import PyLayer
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample
-    log_probabilities rms_norm layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear dequantize_table linear_cross_entropy adamw
-    squared_norm bf16 peak fused_multi_transformer""".split()  # ops that need it, and products in bfloat16
+    log_probabilities rms_norm layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear dequantize_table
+    linear_cross_entropy adamw squared_norm bf16 peak fused_multi_transformer""".split()  # and products in bfloat16
 LOGITS = 1 << 22  # of one block of linear_cross_entropy (16 MB, which stays in the cache)
 LOGITS_ROWS = 8192  # most tokens of a block
 SMALL = (
