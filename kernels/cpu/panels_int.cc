@@ -26,9 +26,9 @@ void unpack(const uint32_t* from, long pairs, uint32_t* to) {
     }
 }
 
-// c (M, 64) of a whole panel of four-bit codes for one or two rows (up to six come here in pairs: the panel is in the
-// cache then): codes are not unpacked into memory, and sums stay
-// in registers. An upper half counts 16 times what it says, which is divided out once a block.
+// c (M, 64) of a whole panel of four-bit codes for one or two rows; up to six come in pairs, since the panel is in the
+// cache then. Codes are not unpacked into memory, and sums stay in registers. An upper half counts 16 times what it
+// says, which is divided out once a block.
 template <int M>
 void four_bit_panel(const Panels& w, const Inputs& x, long row, long panel, float* c, long ldc) {
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8((char)0xF0);
