@@ -52,6 +52,7 @@ OPS = (
     "paged_attention",
     "write_cache",
     "sample",
+    "log_probabilities",
     "linear_cross_entropy",
     "adamw",
     "squared_norm",
@@ -582,6 +583,16 @@ def sample(
     or an infinite largest logit.
     """
     return _run("sample", logits, temperature, top_k, top_p, uniform)
+
+
+def log_probabilities(logits: paddle.Tensor, ids: np.ndarray, temperature: np.ndarray, count: int) -> tuple:
+    """What softmax(logits / temperature) says of an id per row, and the `count` likeliest ids of each row.
+
+    logits (S, V) float32; ids (S,), temperature (S,) > 0 -> numpy: the log-probabilities of ids (S,) and the entropies
+    (S,), in nats; ids of the likeliest (S, count), the likeliest first and the first of equals, and their
+    log-probabilities (S, count). Floats are float64 and summed as such; NaN where a row's largest logit is not finite.
+    """
+    return _run("log_probabilities", logits, ids, temperature, count)
 
 
 def linear_cross_entropy(

@@ -47,9 +47,9 @@ from paddle.autograd import PyLayer
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample rms_norm
-    layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear dequantize_table linear_cross_entropy adamw
-    squared_norm bf16 peak fused_multi_transformer""".split()  # ops that need it, and products in bfloat16
+OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample
+    log_probabilities rms_norm layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear dequantize_table
+    linear_cross_entropy adamw squared_norm bf16 peak fused_multi_transformer""".split()  # and products in bfloat16
 LOGITS = 1 << 22  # of one block of linear_cross_entropy (16 MB, which stays in the cache)
 LOGITS_ROWS = 8192  # most tokens of a block
 SMALL = (
@@ -430,6 +430,18 @@ def sample(logits, temperature, top_k, top_p, uniform):
         return reference.sample(logits, temperature, top_k, top_p, uniform)
     parameters = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
     return _op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), parameters)[0]
+
+
+def log_probabilities(logits, ids, temperature, count):
+    if not _plain(logits):
+        return reference.log_probabilities(logits, ids, temperature, count)
+    ids, temperature = (
+        kernels.to_tensor(np.asarray(ids, np.int64)),
+        kernels.to_tensor(np.asarray(temperature, np.float64)),
+    )
+    numbers, best = _op("cpu_log_probabilities", logits.contiguous(), ids, temperature, count)
+    numbers = numbers.numpy()
+    return numbers[:, 0], numbers[:, 1], best.numpy(), numbers[:, 2:]
 
 
 # ------------------------------------------------------------------------------------- norm, rotation, gate

@@ -776,6 +776,18 @@ class _DrawnUniform:
         return (cumulated / cumulated[-1]).searchsorted(self.uniform, side="right")
 
 
+def log_probabilities(logits, ids, temperature, count):
+    found = []
+    for row, token, T in zip(logits.astype("float32").numpy(), ids, temperature):  # a row stays in the cache
+        x = (row.astype(np.float64) - row.max()) / T
+        p = np.exp(x)
+        x -= np.log(p.sum())
+        best = np.argsort(-row, kind="stable")[:count] if count else np.zeros(0, np.int64)
+        likely = p > 0
+        found.append((x[token], -(p[likely] * x[likely]).sum() / p.sum(), best, x[best]))
+    return tuple(np.array(column) for column in zip(*found))
+
+
 def penalize(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray, penalty: float) -> np.ndarray:
     """Repetition penalty (Keskar et al., arXiv 1909.05858) for ids (B, T) where mask (B, T) is 1.
 

@@ -12,7 +12,6 @@ Letters: S sequences, V vocabulary.
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -185,6 +184,7 @@ class Sampler:
         self.seen, self.num_seen = TokenCounts(), 0  # of prompt and reply, as far as the repetition penalty has read
         self.state = None if p.guide is None else p.guide.start
         self.thoughts = None if p.thinking_budget is None else Thoughts(p.thinking_budget)
+        self.reports = p.logprobs is not None or p.scaled_logprobs
         self.has_rules = bool(p.logit_bias or p.allowed_token_ids or p.bad_words or p.guide or p.min_p)
 
     def uniform(self) -> float:
@@ -331,46 +331,16 @@ def choose_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[li
     """As sample_batch, with the numbers that the samplers' params ask for."""
     ids = sample_batch(samplers, logits, token_ids)
     choices = [Choice(token) for token in ids]
-    rows = [i for i, s in enumerate(samplers) if s.params.logprobs is not None and ids[i] >= 0]
-    if rows:
-        counts = [samplers[i].params.logprobs for i in rows]
-        for i, numbers in zip(rows, likeliest(logits[rows], [ids[i] for i in rows], counts)):
-            choices[i] = Choice(ids[i], *numbers)
-    rows = [i for i, s in enumerate(samplers) if s.params.scaled_logprobs and ids[i] >= 0]
-    if rows:
-        temperatures = [1.0 if samplers[i].greedy else samplers[i].params.temperature for i in rows]
-        numbers = scaled_logprobs(logits[rows], [ids[i] for i in rows], temperatures)
-        for i, logprob, entropy in zip(rows, *(values.tolist() for values in numbers)):
-            choices[i] = Choice(ids[i], logprob, None, entropy)
+    rows = [i for i, s in enumerate(samplers) if ids[i] >= 0 and s.reports]
+    if not rows:
+        return choices
+    asked, part = [samplers[i].params for i in rows], logits if len(rows) == len(logits) else logits[rows]
+    temperatures = [1.0 if not p.scaled_logprobs or samplers[i].greedy else p.temperature for i, p in zip(rows, asked)]
+    counts = [0 if p.scaled_logprobs else p.logprobs for p in asked]
+    numbers = kernels.log_probabilities(
+        kernels.to_tensor(part, share=True), [ids[i] for i in rows], temperatures, min(max(counts), logits.shape[1])
+    )
+    for i, p, n, logprob, entropy, best, top in zip(rows, asked, counts, *(column.tolist() for column in numbers)):
+        reported = (None, entropy) if p.scaled_logprobs else (list(zip(best[:n], top[:n])), None)
+        choices[i] = Choice(ids[i], logprob, *reported)
     return choices
-
-
-def likeliest(logits: np.ndarray, ids: list[int], counts: list[int]) -> list[tuple]:
-    """(log-probability of ids[s], [(id, log-probability)] of the counts[s] likeliest) of each row of logits (S, V)."""
-    found = []
-    for x, token, count in zip(logits, ids, counts):  # row by row: a row stays in the cache
-        most = x.max()
-        less = float(most) + math.log(np.exp(x - most).sum(dtype=np.float64))
-        best = largest(x, count) if count else ()
-        found.append((float(x[token] - less), [(int(i), float(x[i] - less)) for i in best]))
-    return found
-
-
-def largest(x: np.ndarray, count: int, width: int = 64) -> np.ndarray:
-    """Indices of the `count` largest of x (V,), the largest first: they are in the runs with the largest maxima."""
-    runs, candidates = len(x) // width, np.arange(len(x))
-    if 0 < count < runs:
-        maxima = x[: runs * width].reshape(runs, width).max(-1)
-        best = np.sort(np.argpartition(maxima, runs - count)[runs - count :])
-        candidates = np.concatenate([(best[:, None] * width + np.arange(width)).ravel(), candidates[runs * width :]])
-    return candidates[np.lexsort((candidates, -x[candidates]))[:count]]
-
-
-def scaled_logprobs(logits: np.ndarray, ids: list[int], temperatures: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """logits (S, V) float32 -> log-probabilities of ids (S,) in softmax(logits / temperature), and its entropies."""
-    x = logits / np.array(temperatures, np.float32)[:, None]
-    x -= x.max(-1, keepdims=True)
-    weights = np.exp(x)
-    total = weights.sum(-1, dtype=np.float64)
-    entropies = np.log(total) - np.einsum("sv,sv->s", weights, x, dtype=np.float64) / total
-    return x[np.arange(len(ids)), ids] - np.log(total), entropies

@@ -80,11 +80,18 @@ def requests_of(count, new, names=(None,), seed=1):
     for i in range(count):
         prompt = g.integers(10, V, int(g.integers(1, 50))).tolist()
         prompt = seeded[-1].prompt_ids + prompt[:7] if i % 4 == 3 else (prompt[:4] * 12)[:45] if i % 4 == 2 else prompt
-        params = SamplingParams(max_tokens=new, temperature=1.0, seed=i, ignore_eos=True)
+        logprobs = None if i % 3 else 4
+        params = SamplingParams(max_tokens=new, temperature=1.0, seed=i, ignore_eos=True, logprobs=logprobs)
         adapter = names[i % len(names)]
         seeded.append(Request(prompt[:60], params, adapter))
         others.append(Request(prompt[:40], SamplingParams(max_tokens=new // 2, temperature=1.5), adapter))
     return seeded, others
+
+
+def reply_of(completions):
+    """The ids of the only reply, and the log-probabilities that were asked for."""
+    (completion,) = completions
+    return completion.token_ids, completion.logprobs
 
 
 @pytest.mark.sweep(keep=4)
@@ -97,11 +104,11 @@ def test_logits_are_the_same_bits_in_any_company(kind, adapters):  # noqa: F811
     expected_rows, expected = recorded(alone), []
     for request in seeded:
         alone.pool.reset_prefix_cache()
-        expected.append(alone.generate([request])[0][0].token_ids)
+        expected.append(reply_of(alone.generate([request])[0]))
     busy = engine_of(kind, 48, adapters, max_num_batched_tokens=37, speculator=NgramSpeculator(3, 2))
     rows = recorded(busy)
     mixed = [request for pair in zip(seeded, others) for request in pair]
-    found = [completions[0].token_ids for completions in busy.generate(mixed)]
+    found = [reply_of(completions) for completions in busy.generate(mixed)]
     assert found[::2] == expected
     assert expected_rows.keys() <= rows.keys()
     differing = [len(key) for key, row in expected_rows.items() if not np.array_equal(row, rows[key])]

@@ -64,7 +64,8 @@ Panels pack(const Source& from) {
     while (w.group < w.in && w.group % w.block) w.block /= 2;
     const auto padded_rows = [&](const float* rows, std::vector<float>& to) {
       to.resize(w.groups() * padded);
-      for (long g = 0; g < w.groups(); g++) std::copy(rows + g * w.out, rows + (g + 1) * w.out, &to[g * padded]);
+      for (long c = 0; c < w.out; c++)
+        for (long g = 0; g < w.groups(); g++) to[w.at(c / 64, g) + c % 64] = rows[g * w.out + c];
     };
     padded_rows(from.scales, w.scales);
     if (from.zeros) padded_rows(from.zeros, w.zeros);

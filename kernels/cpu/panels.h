@@ -29,7 +29,7 @@ struct Panels {
   long in = 0, out = 0;
   long block = 0, group = 0;  // INT8, INT4: input rows that share a scale of x, of W
   Buffer data;
-  std::vector<float> scales;  // (groups, 64 · panels)
+  std::vector<float> scales;  // (panels, groups, 64): in the order in which a product of few rows reads them
   std::vector<float> zeros;   // the same; empty: `zero` everywhere
   int zero = 0;
   std::vector<float> bias;    // (64 · panels); empty: none
@@ -38,6 +38,7 @@ struct Panels {
   long panels() const { return (out + 63) / 64; }
   long groups() const { return group ? (in + group - 1) / group : 1; }
   long blocks() const { return block ? (in + block - 1) / block : 1; }
+  long at(long panel, long group) const { return (panel * groups() + group) * 64; }  // of scales, zeros
   size_t bytes() const;  // of the packed weight
 };
 

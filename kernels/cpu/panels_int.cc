@@ -26,12 +26,13 @@ void unpack(const uint32_t* from, long pairs, uint32_t* to) {
     }
 }
 
-// c (M, 64) of a whole panel of four-bit codes for one or two rows: codes are not unpacked into memory, and sums stay
-// in registers. An upper half counts 16 times what it says, which is divided out once a block.
+// c (M, 64) of a whole panel of four-bit codes for one or two rows; up to six come in pairs, since the panel is in the
+// cache then. Codes are not unpacked into memory, and sums stay in registers. An upper half counts 16 times what it
+// says, which is divided out once a block.
 template <int M>
 void four_bit_panel(const Panels& w, const Inputs& x, long row, long panel, float* c, long ldc) {
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8((char)0xF0);
-  const long blocks = w.blocks(), columns = 64 * w.panels(), grouped = w.groups() > 1;
+  const long blocks = w.blocks(), grouped = w.groups() > 1;
   const uint32_t* b = (const uint32_t*)w.data.get() + panel * words_of(w) * 64;
   const uint32_t* a = x.words + row * x.stride;
   __m512 total[M][4] = {};
@@ -57,7 +58,7 @@ void four_bit_panel(const Panels& w, const Inputs& x, long row, long panel, floa
       __builtin_prefetch(b + 1056);
       __builtin_prefetch(b + 1072);
     }
-    const long at = (grouped ? k / w.group * columns : 0) + panel * 64;
+    const long at = w.at(panel, grouped ? k / w.group : 0);
 #pragma GCC unroll 2
     for (int m = 0; m < M; m++) {
       const long i = (row + m) * blocks + block;
@@ -150,9 +151,12 @@ void sums_codes(const Panels& w, const Inputs& x, long m0, long m1, long panel, 
   constexpr long PART = 32;  // quads of a panel at a time: 8 KB
   alignas(64) uint32_t unpacked[PART * 64];
   alignas(64) int32_t sums[96 * 64];
-  const long rows = m1 - m0, blocks = w.blocks(), columns = 64 * w.panels();
-  if (w.storage == INT4 && rows <= 2)
-    return rows == 1 ? four_bit_panel<1>(w, x, m0, panel, c, ldc) : four_bit_panel<2>(w, x, m0, panel, c, ldc);
+  const long rows = m1 - m0, blocks = w.blocks();
+  if (w.storage == INT4 && rows <= 6) {
+    for (long m = 0; m + 1 < rows; m += 2) four_bit_panel<2>(w, x, m0 + m, panel, c + m * ldc, ldc);
+    if (rows % 2) four_bit_panel<1>(w, x, m1 - 1, panel, c + (rows - 1) * ldc, ldc);
+    return;
+  }
   const bool tiles = rows >= 16 && amx_int8_ready(), is_signed = w.storage == INT8 && amx_int8_ready();
   const uint32_t* of_panel = (const uint32_t*)w.data.get() + panel * words_of(w) * 64;
   for (long b = 0; b < blocks; b++) {
@@ -169,8 +173,9 @@ void sums_codes(const Panels& w, const Inputs& x, long m0, long m1, long panel, 
       else int8::quad_tiles<false>(rows, n, A + q, x.stride, at, sums, 64, q > from, ahead);
     }
     const float *scales = nullptr, *zeros = nullptr;
-    if (w.groups() > 1) scales = &w.scales[b * w.block / w.group * columns + panel * 64];
-    if (!w.zeros.empty()) zeros = &w.zeros[b * w.block / w.group * columns + panel * 64];
+    const long at = w.at(panel, b * w.block / w.group);
+    if (w.groups() > 1) scales = &w.scales[at];
+    if (!w.zeros.empty()) zeros = &w.zeros[at];
     for (long m = 0; m < rows; m++) {
       const long i = (m0 + m) * blocks + b, zero = w.zero + (is_signed && !tiles ? 128 : 0);
       scale_row(sums + m * 64, (int)zero * x.sums[i], (float)x.sums[i], x.scales[i], scales, zeros, c + m * ldc, b > 0);

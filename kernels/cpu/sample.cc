@@ -1,9 +1,9 @@
-// Logits to ids: temperature, top_k, top_p and a uniform number per row, see kernels.sample; rows are split over
-// threads.
+// Logits to ids: temperature, top_k, top_p and a uniform number per row, see kernels.sample; and what is reported of
+// them, see kernels.log_probabilities. Rows are split over threads.
 //
-// Probabilities are float64, as in the oracle, but neither divided by their sum nor sorted as a whole. For top_p,
-// bisection finds two bounds: values above the upper one are kept, values up to the lower one are not, and only the few
-// between them are sorted. The draw looks for its block of 256 ids first.
+// Probabilities of sampling are float64, as in the oracle, but neither divided by their sum nor sorted as a whole. For
+// top_p, bisection finds two bounds: values above the upper one are kept, values up to the lower one are not, and only
+// the few between them are sorted. The draw looks for its block of 256 ids first.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,6 +16,9 @@
 struct Above {
   double sum;
   long count;
+};
+struct Mass {
+  double sum, dot;
 };
 
 #define BODY "sample.h"
@@ -88,13 +91,13 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
   std::vector<long> ids;  // of the candidates, ascending; empty: all
   if (0 < top_k && top_k < V) {
     const float least = PICK(which, lower_bound_of_kth)(x, V, top_k);
-    for (long i = 0; i < V; i++)
-      if (x[i] >= least) candidates.push_back(x[i]);
+    PICK(which, at_least)(x, V, least, ids);
+    for (long i : ids) candidates.push_back(x[i]);
     std::nth_element(candidates.begin(), candidates.begin() + (top_k - 1), candidates.end(), std::greater<float>());
     const float kth = candidates[top_k - 1];
     candidates.clear();
-    for (long i = 0; i < V; i++)
-      if (x[i] >= kth) candidates.push_back(x[i]), ids.push_back(i);
+    ids.erase(std::remove_if(ids.begin(), ids.end(), [&](long i) { return x[i] < kth; }), ids.end());
+    for (long i : ids) candidates.push_back(x[i]);
     x = candidates.data(), V = candidates.size();
   }
   static thread_local std::vector<double> e;
@@ -104,6 +107,14 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
   return ids.empty() ? at : ids[at];
 }
 
+// Rows [0, S), on all threads if there is enough work.
+template <class Row>
+static void for_rows(long S, long V, const Row& row) {
+  if (S * V < (1 << 15))
+    for (long s = 0; s < S; s++) row(s);
+  else parallel(S, row);
+}
+
 // how: (3, S) float64: temperature, top_p, uniform.
 std::vector<paddle::Tensor> Sample(const paddle::Tensor& logits, const paddle::Tensor& top_k, const paddle::Tensor& how,
                                    int instructions) {
@@ -111,13 +122,10 @@ std::vector<paddle::Tensor> Sample(const paddle::Tensor& logits, const paddle::T
   auto ids = paddle::empty({S}, paddle::DataType::INT64, logits.place());
   const int which = instructions < 0 ? level() : std::min(instructions, level());
   const double* h = how.data<double>();
-  const auto row = [&](long s) {
+  for_rows(S, V, [&](long s) {
     ids.data<int64_t>()[s] =
         one_row(logits.data<float>() + s * V, V, h[s], top_k.data<int64_t>()[s], h[S + s], h[2 * S + s], which);
-  };
-  if (S * V < (1 << 15))
-    for (long s = 0; s < S; s++) row(s);
-  else parallel(S, row);
+  });
   return {ids};
 }
 
@@ -137,3 +145,65 @@ PD_BUILD_OP(cpu_sample)
     .SetKernelFn(PD_KERNEL(Sample))
     .SetInferShapeFn(PD_INFER_SHAPE(SampleShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(SampleType));
+
+// The count largest of x (V), the largest first, the first of equals.
+static std::vector<long> likeliest(const float* x, long V, long count, int which) {
+  std::vector<long> ids;
+  if (count == 0) return ids;
+  PICK(which, at_least)(x, V, PICK(which, lower_bound_of_kth)(x, V, count), ids);
+  std::partial_sort(ids.begin(), ids.begin() + count, ids.end(),
+                    [&](long a, long b) { return x[a] > x[b] || (x[a] == x[b] && a < b); });
+  ids.resize(count);
+  return ids;
+}
+
+// temperature: (S,) float64. numbers: (S, 2 + count) float64: the log-probability of the row's id, the entropy, and the
+// log-probabilities of the `count` likeliest.
+std::vector<paddle::Tensor> LogProbabilities(const paddle::Tensor& logits, const paddle::Tensor& ids,
+                                             const paddle::Tensor& temperature, int count, int instructions) {
+  const long S = logits.shape()[0], V = logits.shape()[1], columns = 2 + count;
+  PD_CHECK(count <= V, "there are fewer than ", count, " logits");
+  auto numbers = paddle::empty({S, columns}, paddle::DataType::FLOAT64, logits.place());
+  auto best = paddle::empty({S, count}, paddle::DataType::INT64, logits.place());
+  const int which = level(instructions);
+  for_rows(S, V, [&](long s) {
+    const float* x = logits.data<float>() + s * V;
+    const double T = temperature.data<double>()[s];
+    double* to = numbers.data<double>() + s * columns;
+    const long first = PICK(which, largest)(x, V);
+    if (first < 0) {  // not finite
+      std::fill_n(to, columns, NAN);
+      std::fill_n(best.data<int64_t>() + s * count, count, 0);
+      return;
+    }
+    const double most = x[first];
+    const Mass all = PICK(which, mass)(x, V, x[first], (float)T);
+    const auto log_probability = [&](long i) { return (x[i] - most) / T - std::log(all.sum); };
+    to[0] = log_probability(ids.data<int64_t>()[s]), to[1] = std::log(all.sum) - all.dot / all.sum;
+    long at = 0;
+    for (long i : likeliest(x, V, count, which)) {
+      best.data<int64_t>()[s * count + at] = i;
+      to[2 + at++] = log_probability(i);
+    }
+  });
+  return {numbers, best};
+}
+
+static std::vector<std::vector<int64_t>> LogProbabilitiesShape(const std::vector<int64_t>& logits,
+                                                               const std::vector<int64_t>& ids,
+                                                               const std::vector<int64_t>& temperature,
+                                                               const int& count, const int& instructions) {
+  return {{logits[0], 2 + count}, {logits[0], count}};
+}
+static std::vector<paddle::DataType> LogProbabilitiesType(paddle::DataType logits, paddle::DataType ids,
+                                                          paddle::DataType temperature) {
+  return {paddle::DataType::FLOAT64, paddle::DataType::INT64};
+}
+
+PD_BUILD_OP(cpu_log_probabilities)
+    .Inputs({"logits", "ids", "temperature"})
+    .Outputs({"numbers", "best"})
+    .Attrs({"count: int", "instructions: int"})
+    .SetKernelFn(PD_KERNEL(LogProbabilities))
+    .SetInferShapeFn(PD_INFER_SHAPE(LogProbabilitiesShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(LogProbabilitiesType));

@@ -135,3 +135,42 @@ static float lower_bound_of_kth(const float* x, long n, long k) {
   std::nth_element(of.begin(), of.begin() + (k - 1), of.end(), std::greater<float>());
   return of[k - 1];
 }
+
+// Indices of the values that reach `least`, ascending.
+static void at_least(const float* x, long n, float least, std::vector<long>& ids) {
+  long i = 0;
+  for (; i + 4 * VL <= n; i += 4 * VL) {
+    const vi any = (load(x + i) >= least) | (load(x + i + VL) >= least) | (load(x + i + 2 * VL) >= least) |
+                   (load(x + i + 3 * VL) >= least);
+    int found = 0;
+    for (long l = 0; l < VL; l++) found |= any[l];
+    for (long j = i; found && j < i + 4 * VL; j++)
+      if (x[j] >= least) ids.push_back(j);
+  }
+  for (; i < n; i++)
+    if (x[i] >= least) ids.push_back(i);
+}
+
+// Of z = (x - most) / temperature: the sums of exp(z) and of z exp(z), in float64.
+static Mass mass(const float* x, long n, float most, float temperature) {
+  const float inverse = 1.0f / temperature;
+  vd sum[2] = {}, dot[2] = {};
+  const auto part = [&](vf y) __attribute__((always_inline)) {
+    const vf z = vmax((y - most) * inverse, splat(-87.0f)), e = vexp(z), product = z * e;
+    vf_half halves[2], products[2];
+    std::memcpy(halves, &e, sizeof(e)), std::memcpy(products, &product, sizeof(product));
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      sum[j] += __builtin_convertvector(halves[j], vd);
+      dot[j] += __builtin_convertvector(products[j], vd);
+    }
+  };
+  long i = 0;
+  for (; i + VL <= n; i += VL) part(load(x + i));
+  if (i < n) {
+    float rest[VL];
+    for (long l = 0; l < VL; l++) rest[l] = i + l < n ? x[i + l] : -INFINITY;  // exp gives 0
+    part(load(rest));
+  }
+  return {total_of(sum[0] + sum[1]), total_of(dot[0] + dot[1])};
+}

@@ -222,6 +222,12 @@ def sample(rows=8, V=32000):
     yield Case(f"{rows} x {V}", "draw", "memory", 4.0 * rows * V, lambda: kernels.sample(logits, *parameters))
 
 
+def log_probabilities(rows=8, V=32000, count=5):
+    logits, ids, temperature = values(rows, V), np.arange(rows), np.ones(rows)
+    run = lambda: kernels.log_probabilities(logits, ids, temperature, count)
+    yield Case(f"{rows} x {V}", "report", "memory", 4.0 * rows * V, run)
+
+
 def linear_cross_entropy(N=512, D=768, V=32000, kind="float32"):
     hidden, weight, labels = values(N, D), values(D, V) * D**-0.5, paddle.randint(0, V, [N])
     work = 2.0 * N * D * V
@@ -264,6 +270,7 @@ CASES = {  # op -> its cases; every op of kernels.OPS
     "paged_attention": paged_attention,
     "write_cache": write_cache,
     "sample": sample,
+    "log_probabilities": log_probabilities,
     "linear_cross_entropy": linear_cross_entropy,
     "adamw": adamw,
     "squared_norm": squared_norm,

@@ -382,6 +382,31 @@ def test_sample_reports_rows_that_are_not_finite(backend):
         assert (actual.numpy() < 0).tolist() == [True, True, True, False, False]
 
 
+@on_each
+@pytest.mark.parametrize("S, V, count", [(1, 1, 1), (40, 123, 20), (3, 32000, 0), (5, 32000, 20)])
+def test_log_probabilities_equal_float64(backend, S, V, count):
+    g = np.random.default_rng([S, V])
+    logits = (4 * g.standard_normal((S, V))).astype(np.float32)
+    logits[::2] = logits[::2].round()  # ties
+    logits[1:, 7 % V] = -np.inf
+    ids, temperature = g.integers(0, V, S), g.choice([0.3, 1.0, 2.5], S)
+    x = logits.astype(np.float64) / temperature[:, None]
+    x -= x.max(-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(-1, keepdims=True))
+    best = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    entropy = -(np.exp(x) * np.maximum(x, -1e4)).sum(-1)
+    expected = x[np.arange(S), ids], entropy, best, np.take_along_axis(x, best, -1)
+    with kernels.use(f"log_probabilities={backend}"):
+        found = kernels.log_probabilities(paddle.to_tensor(logits), ids, temperature, count)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-6)
+    for which in (0, 1) if backend == "cpu" else ():
+        tensors = paddle.to_tensor(logits), paddle.to_tensor(ids), paddle.to_tensor(temperature)
+        numbers, tops = cpu._C_ops._run_custom_op("cpu_log_probabilities", *tensors, count, which)
+        np.testing.assert_allclose(numbers.numpy()[:, 2:], found[3], atol=1e-6)
+        assert np.array_equal(tops.numpy(), best)
+
+
 # ================================================================================================== determinism
 
 BITS = """
