@@ -44,9 +44,8 @@ from quantization.calibration import Calibration, linear_refs, sequential_groups
 from quantization.methods import METHODS
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
+BITS |= {"weight_only_int3": 3, "wint3": 3, "weight_only_int2": 2, "wint2": 2}
 REFUSED = {  # PaddleNLP's keys that are refused when they ask for something, and why
-    "do_awq": "AWQ is not here; do_gptq: true compresses to 4 bits with calibration",
-    "auto_clip": "clipping search is not here; do_gptq: true chooses ranges by their error",
     "do_qat": "quantization-aware training is not here; quantization is done after training",
     "load_quant_model": "a quantized folder is evaluated by finetune.py with do_eval: true and no do_train",
     "skip_list_names": "every linear of the blocks is quantized, embeddings and head never",
@@ -72,14 +71,22 @@ class Args(ScriptArgs):
     max_evaluate_steps: int = -1  # > 0: at most this many batches an evaluation
     do_ptq: bool = False  # round to nearest: weights, and with a8w8 activations
     do_gptq: bool = False  # weights by GPTQ
+    do_autoround: bool = False  # weights by rounding that gradients choose, from GPTQ's codes on
+    do_awq: bool = False  # weights alone: first scale channels by the size of their inputs
+    awq_step: int = 8  # do_awq: calibration batches
+    auto_clip: bool = False  # weights alone, do_ptq: search each group's range; the other methods search theirs
     quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4), a8w8; None: a8w8, GPTQ int4
     weight_quant_method: str | None = None  # abs_max_channel_wise or groupwise; None: by group_size
     group_size: int | None = None  # input rows that share a scale: 64, …; -1: all; None: -1, groupwise 128
     sym: bool = True  # weights alone: zero point in the middle; false: one per group
-    gptq_step: int = 8  # calibration batches of weight-only quantization
+    autoclip_step: int = 8  # auto_clip: calibration batches
+    gptq_step: int = 8  # calibration batches of weight-only quantization without these two
     desc_act: bool = False  # GPTQ: rows by the size of their inputs; costs a look-up of groups at run time
     percdamp: float = 0.01  # GPTQ: damping, a share of the Hessian's mean diagonal
+    static_groups: bool = False  # GPTQ: groups by position, whatever the order; no look-up at run time
     search_range: bool = True  # GPTQ: also try smaller ranges for each scale; false: abs max alone
+    autoround_iters: int = 200  # do_autoround: steps a block, each on one calibration batch
+    autoround_lr: float | None = None  # how far the first step moves; None: 1 / autoround_iters
     ptq_step: int = 32  # calibration batches of a8w8
     activation: str = "per_tensor"  # a8w8: one scale found by calibration, or per_token: each token's own
     act_quant_method: str = "avg"  # per_tensor: the largest value of all batches (abs_max), or the mean of theirs
@@ -105,15 +112,21 @@ class Args(ScriptArgs):
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key):
                 raise UserError(f"{key}: missing")
-        if self.do_ptq == self.do_gptq:
-            count = "both" if self.do_ptq else "neither"
-            raise UserError(f"{count} of do_ptq and do_gptq: true; choose one")
+        chosen = [key for key in ("do_ptq", "do_gptq", "do_autoround") if getattr(self, key)]
+        if not chosen and self.do_awq:
+            self.do_ptq, chosen = True, ["do_ptq"]
+        if len(chosen) != 1:
+            found = " and ".join(chosen) if chosen else "none"
+            raise UserError(f"{found}: true; choose one of do_ptq, do_gptq and do_autoround")
         if self.quant_type is None:
-            self.quant_type = "weight_only_int4" if self.do_gptq else "a8w8"
+            self.quant_type = "a8w8" if self.do_ptq and not self.do_awq else "weight_only_int4"
         if self.quant_type not in BITS:
             raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {', '.join(BITS)}")
-        if self.do_gptq and self.quant_type == "a8w8":
-            raise UserError("do_gptq quantizes weights alone: quant_type must be weight_only_int4 or weight_only_int8")
+        for key in ("do_gptq", "do_autoround", "do_awq", "auto_clip"):
+            if getattr(self, key) and self.quant_type == "a8w8":
+                raise UserError(
+                    f"{key} quantizes weights alone: quant_type must be weight_only_int4 or another of them"
+                )
         self._check_numbers()
         self._check_weights()
         return super().check() + self._check_activations()
@@ -123,8 +136,9 @@ class Args(ScriptArgs):
         return BITS[self.quant_type]
 
     def _check_numbers(self):
-        steps = "gptq_step ptq_step shift_step smooth_step smooth_k_piece search_tokens"
-        for key in f"per_device_train_batch_size per_device_eval_batch_size {steps}".split():
+        steps = "autoround_iters awq_step autoclip_step gptq_step ptq_step shift_step smooth_step"
+        sizes = "per_device_train_batch_size per_device_eval_batch_size smooth_k_piece search_tokens"
+        for key in f"{sizes} {steps}".split():
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least 1")
         if self.src_length >= self.max_length or self.src_length < 1:
@@ -132,13 +146,14 @@ class Args(ScriptArgs):
         most_alpha = self.search_alpha_max
         for key, low, high in (
             ("percdamp", 0, 10),
+            ("autoround_lr", 0, 1),
             ("smooth_alpha", 0, 1),
             ("search_alpha_min", 0, most_alpha),
             ("search_alpha_max", 0, 1),
             ("search_alpha_step", 1e-3, 1),
             ("search_scale_min", 1e-3, self.search_scale_max),
         ):
-            if not low <= getattr(self, key) <= high:
+            if getattr(self, key) is not None and not low <= getattr(self, key) <= high:
                 raise UserError(f"{key}: {getattr(self, key):g}; it must be between {low:g} and {high:g}")
         for key, choices in (("activation", ("per_tensor", "per_token")), ("act_quant_method", ("abs_max", "avg"))):
             if getattr(self, key) not in choices:
@@ -160,14 +175,19 @@ class Args(ScriptArgs):
 
     def _check_activations(self):
         """Shift and smoothing belong to a8w8; returns lines to print."""
-        asked = [key for key in ("shift", "smooth") if getattr(self, key)]
+        asked = [key for key in ("shift", "smooth") if getattr(self, key) and not (key == "smooth" and self.do_awq)]
         if self.quant_type != "a8w8" and asked:
             raise UserError(f"{asked[0]} prepares activations: it needs quant_type: a8w8, found {self.quant_type}")
         if self.quant_type == "a8w8" and not self.dataset_name_or_path:
             raise UserError("dataset_name_or_path: missing; a8w8 is calibrated on records")
-        if (self.do_gptq or self.do_eval) and not self.dataset_name_or_path:
-            raise UserError(f"dataset_name_or_path: missing; {'do_gptq' if self.do_gptq else 'do_eval'} needs records")
+        needs = [k for k in ("do_gptq", "do_autoround", "do_awq", "auto_clip", "do_eval") if getattr(self, k)]
+        if needs and not self.dataset_name_or_path:
+            raise UserError(f"dataset_name_or_path: missing; {needs[0]} needs records")
         notes = []
+        if self.do_awq and self.smooth:
+            notes.append("smooth: with do_awq the factors are AWQ's")
+        if self.auto_clip and not self.do_ptq:
+            notes.append(f"auto_clip: {self.method} searches ranges already")
         for key in ("smooth_all_linears", "smooth_piecewise_search"):
             if getattr(self, key) and not self.smooth:
                 notes.append(f"{key}: without smooth: true it does nothing")
@@ -178,14 +198,24 @@ class Args(ScriptArgs):
     @property
     def method(self):
         """The row of METHODS."""
-        return "a8w8" if self.quant_type == "a8w8" else "gptq" if self.do_gptq else "rtn"
+        if self.quant_type == "a8w8":
+            return "a8w8"
+        names = {"autoround": self.do_autoround, "gptq": self.do_gptq, "awq": self.do_awq or self.auto_clip}
+        return next((name for name, chosen in names.items() if chosen), "rtn")
 
     @property
     def algorithm(self):
         """The name of the algorithm in quantization_config."""
+        if self.quant_type != "a8w8":
+            parts = [
+                "awq" if self.do_awq else "",
+                self.method if self.method != "awq" else "",
+                "clip" if self.auto_clip else "",
+            ]
+            return "_".join(filter(None, parts))
         search = "search" if self.smooth and self.smooth_piecewise_search else ""
         parts = ["shift" if self.shift else "", "smooth" if self.smooth else "", search]
-        return "gptq" if self.do_gptq else "_".join(filter(None, parts)) or "rtn"
+        return "_".join(filter(None, parts)) or "rtn"
 
 
 # ======================================================================== quantizing the model
@@ -224,13 +254,16 @@ def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_
             observed = calibration.observe(block, [refs[name] for name in firsts], **method.observes(args))
             stats.update(zip(firsts, observed))
 
+        parts = [part for stage in stages for part in fit_to_memory(stage, refs)]
+        lines = method.start_block(block, refs, parts, calibration, args)
         if method.whole_block:
             observe([group for stage in stages for group in stage])
-            for line in method.prepare_block(block, refs, stats, model.config, args):
-                if line not in printed:
-                    print_line(line)
-                printed.add(line)
-        for groups in (part for stage in stages for part in fit_to_memory(stage, refs)):
+            lines = method.prepare_block(block, refs, stats, model.config, args)
+        for line in lines:
+            if line not in printed:
+                print_line(line)
+            printed.add(line)
+        for groups in parts:
             if not method.whole_block:
                 observe(groups)
             for group in groups:
@@ -241,6 +274,7 @@ def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_
                     error, damping = method.quantize(refs[name], group_stats, shared, args)
                     now = time.perf_counter()
                     row = {"linear": refs[name].path, "shape": shape, "error": error, "damping": damping}
+                    row |= {"note": group_stats.note} if group_stats.note else {}
                     report.append({**row, "seconds": round(now - start, 3)})
                     print_line(report_line(report[-1], args.percdamp))
                     start = now
@@ -256,6 +290,7 @@ def report_line(row: dict, percdamp: float) -> str:
         note = f"  damping {row['damping']:g}"
         if row["damping"] > percdamp:
             note += f": not positive definite with percdamp {percdamp:g}"
+    note += f"  {row['note']}" if "note" in row else ""
     return f"{row['linear']:<42} {shape:>12}  error {100 * row['error']:8.4f} %  {row['seconds']:6.2f} s{note}"
 
 
@@ -274,7 +309,8 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
         return None, 0, None
     path = args.dataset_name_or_path
     a8w8_steps = max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
-    steps = a8w8_steps if args.quant_type == "a8w8" else args.gptq_step
+    awq_steps = max(args.awq_step * args.do_awq, args.autoclip_step * args.auto_clip)
+    steps = {"a8w8": a8w8_steps, "awq": awq_steps}.get(args.method, args.gptq_step)
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
         size, T = args.per_device_train_batch_size, args.max_length
         calibration = CorpusLoader(path, args.split, "train", steps * size, T, size, seed=args.seed)
