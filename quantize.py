@@ -1,4 +1,4 @@
-"""Post-training quantization: weights alone (round to nearest, GPTQ; 4 and 8 bits) or weights and activations (A8W8).
+"""Post-training quantization of weights alone (to nearest, GPTQ, AWQ, AutoRound; 2 to 8 bits), or activations too.
 
     python quantize.py configs/llama_gptq.json                       # GPTQ; any key again as --key value
     python quantize.py configs/llama_ptq.json                        # A8W8 with smoothing and its search
@@ -17,7 +17,7 @@ HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_tra
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
 norm, gelu before down_proj, a router without bias), a printed line says what is left out.
 
-Not here: AWQ, AutoClip, fp8, key/value caches in 8 bits, quantization-aware training.
+Not here: fp8, key/value caches in 8 bits, quantization-aware training.
 """
 
 import dataclasses

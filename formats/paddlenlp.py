@@ -232,7 +232,7 @@ IGNORED = _table([
     ("a key of quantize.py", """
         quant_type skip_list_names weight_quant_method act_quant_method search_alpha_min search_alpha_max
         search_scale_min search_scale_max ptq_step shift shift_all_linears shift_step smooth smooth_all_linears
-        smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece gptq_step do_awq awq_step auto_clip
+        smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece gptq_step awq_step auto_clip
         autoclip_step"""),
     ("all calibration samples have the same weight", "shift_sampler smooth_sampler"),
     ("it belongs to a quantization method that is not supported (fp8, 8-bit caches)", """

@@ -140,7 +140,9 @@ def relative_errors(output: paddle.Tensor, target: paddle.Tensor) -> paddle.Tens
     return (output - target).square().sum(-1) / (target.square().sum(-1) + 1e-12)
 
 
-def learn(block: nn.Layer, linears: list[RoundedLinear], calibration: Calibration, targets: list, args) -> tuple:
+def learn(
+    block: nn.Layer, linears: list[RoundedLinear], calibration: Calibration, targets: list, args: ScriptArgs
+) -> tuple[float, float]:
     """Learn the rounding of a block's linears, a calibration batch a step; block_error() before and after.
 
     The start is kept where the steps did not lower the error over all batches.

@@ -16,6 +16,7 @@ from quantization.calibration import Calibration
 from quantization.gptq import search_qparams
 from quantization.smoothing import SEARCHED, smooth
 
+ROWS = 128  # calibration tokens that a factor's error is measured on
 RATIOS = np.arange(20) / 20  # powers of the mean input that are tried; 0 leaves the channels as they are
 
 
@@ -49,7 +50,7 @@ def scale_block(block: nn.Layer, refs: dict, parts: list, calibration: Calibrati
     """
     layers, readers = dict(block.named_sublayers()), norm_consumers(block)
     groups = [group for part in parts for group in part]
-    observed = calibration.observe(block, [refs[g.names[0]] for g in groups], keep_rows=args.search_tokens)
+    observed = calibration.observe(block, [refs[g.names[0]] for g in groups], keep_rows=ROWS)
     by_source, left_out = {}, []
     for group, inputs in zip(groups, observed):
         by_source.setdefault(group.source if group.of_norm else group.names, []).append((group, inputs))
