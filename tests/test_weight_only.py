@@ -10,6 +10,7 @@ import paddle
 import pytest
 import tiny_models
 from test_quantize import (
+    PACKABLE,
     Texts,
     keys_of,
     layer_problem,
@@ -31,6 +32,8 @@ from formats.dequantize import unpack
 from formats.weights import save_pretrained
 from quantization import auto_round, awq, gptq
 from quantization.calibration import Calibration, linear_refs, sequential_groups
+
+pytestmark = pytest.mark.sweep(keep=1)
 
 # ------------------------------------------------------------------------------------------------ AWQ
 
@@ -265,6 +268,18 @@ def test_few_tokens_of_an_expert_are_made_up_for_and_said(monkeypatch):
     for row in noted:
         assert int(row["note"].split()[0]) < row["shape"][0] and "calibrated on all" in row["note"]
     assert sum("calibrated on all" in line for line in lines) == len(noted)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v2", "bloom_7heads", "opt_350m"])
+def test_learned_rounding_of_other_families(name):
+    """Experts, routers that read a norm, fused and latent attention, biases, norms behind the sum."""
+    net = tiny_models.build(name, **PACKABLE.get(name, {}))
+    wanted, args = logits_of_texts(net), make_args(do_autoround=True, do_awq=True, autoround_iters=4)
+    with paddle.no_grad():
+        rows = quantize.quantize_model(net, Calibration(net, Texts(net), 2), args, print_line=lambda line: None)
+    assert sorted(row["linear"] for row in rows) == sorted(model.block_linears(net))
+    found = logits_of_texts(net)
+    assert np.median(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)) < 0.5
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -57,9 +57,15 @@ def measure(case, options):
     keys, bits, group, grid = (case.split(":") + ["64", "sym"][len(case.split(":")) - 2 :])[:4]
     names = dict.fromkeys(keys.split(","), True)
     args = quantize.Args(
-        model_name_or_path=options.model, output_dir="-", dataset_name_or_path="-", autoround_iters=options.iters,
-        quant_type=f"weight_only_int{bits}", group_size=int(group), sym=grid == "sym", **names,
-    )  # fmt: skip
+        model_name_or_path=options.model,
+        output_dir="-",
+        dataset_name_or_path="-",
+        autoround_iters=options.iters,
+        quant_type=f"weight_only_int{bits}",
+        group_size=int(group),
+        sym=grid == "sym",
+        **names,
+    )
     args.check()
     tokenizer, texts = load_tokenizer(options.model), list(topics.values())
     known, unseen = (np.array(tokenizer.encode("\n\n".join(part)), np.int64) for part in (texts[:20], texts[20:]))
@@ -70,8 +76,15 @@ def measure(case, options):
     seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     ppl, accuracy = perplexity(net, Rows(unseen, 1).rows[: options.eval_rows])
     error = float(np.mean([row["error"] for row in report]))
-    return {"case": case, "tokens": calibration.tokens, "perplexity": round(ppl, 3), "top1": round(accuracy, 4),
-            "error": round(error, 4), "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}  # fmt: skip
+    return {
+        "case": case,
+        "tokens": calibration.tokens,
+        "perplexity": round(ppl, 3),
+        "top1": round(accuracy, 4),
+        "error": round(error, 4),
+        "seconds": round(seconds, 1),
+        "peak_gb": round(peak, 2),
+    }
 
 
 if __name__ == "__main__":
