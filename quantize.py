@@ -1,4 +1,4 @@
-"""Post-training quantization: weights alone (round to nearest, GPTQ; 4 and 8 bits) or weights and activations (A8W8).
+"""Post-training quantization of weights alone (to nearest, GPTQ, AWQ, AutoRound; 2 to 8 bits), or activations too.
 
     python quantize.py configs/llama_gptq.json                       # GPTQ; any key again as --key value
     python quantize.py configs/llama_ptq.json                        # A8W8 with smoothing and its search
@@ -17,7 +17,7 @@ HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_tra
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
 norm, gelu before down_proj, a router without bias), a printed line says what is left out.
 
-Not here: AWQ, AutoClip, fp8, quantization-aware training.
+Not here: fp8, quantization-aware training.
 """
 
 import dataclasses
@@ -43,15 +43,14 @@ from formats.weights import named_weights, save_pretrained
 from model import CausalLM, block_linears
 from quantization.calibration import CacheRecorder, Calibration, linear_refs, sequential_groups
 from quantization.methods import METHODS
-from quantization.mixed_bits import check_size, choose_bits, mixed_config, sensitivities
+from quantization.mixed_bits import FORMATS, check_size, choose_bits, mixed_config, sensitivities
 from quantization.progress import Progress
 from quantization.report import comparison_table, evaluate, formats_table, mean_bits, read_states, stored_bits
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
+BITS |= {"weight_only_int3": 3, "wint3": 3, "weight_only_int2": 2, "wint2": 2}
 MIXED = "weight_only_mixed"  # the quant_type of bits: 4.5
 REFUSED = {  # PaddleNLP's keys that are refused when they ask for something, and why
-    "do_awq": "AWQ is not here; do_gptq: true compresses to 4 bits with calibration",
-    "auto_clip": "clipping search is not here; do_gptq: true chooses ranges by their error",
     "do_qat": "quantization-aware training is not here; quantization is done after training",
     "load_quant_model": "a quantized folder is evaluated by finetune.py with do_eval: true and no do_train",
     "shift_all_linears": "down_proj's inputs cannot be shifted by changing weights; shift: true moves what norms feed",
@@ -76,7 +75,11 @@ class Args(ScriptArgs):
     max_evaluate_steps: int = -1  # > 0: at most this many batches an evaluation
     do_ptq: bool = False  # round to nearest: weights, and with a8w8 activations
     do_gptq: bool = False  # weights by GPTQ
-    quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4), a8w8; None: a8w8, GPTQ int4;
+    do_autoround: bool = False  # weights by rounding that gradients choose
+    do_awq: bool = False  # weights alone: first scale channels by the size of their inputs
+    awq_step: int = 8  # do_awq: calibration batches
+    auto_clip: bool = False  # weights alone, do_ptq: search each group's range; the other methods search theirs
+    quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4) …, a8w8; None: a8w8, GPTQ int4;
     # with c8 at the end, as a8w8c8: also scales for keys and values in int8 (serve.py's cachekv_int8_type: static)
     cachekv_quant_method: str = "abs_max_headwise"  # c8: largest value of all batches, or avg_headwise: mean of theirs
     bits: float | None = None  # weights alone, in place of quant_type: 4, 8; 4.5 mixes formats of that mean size
@@ -87,10 +90,14 @@ class Args(ScriptArgs):
     outlier_ratio: float = 20.0  # report inputs whose largest channel or token is so many times the median one
     group_size: int | None = None  # input rows that share a scale: 64, …; -1: all; None: -1, groupwise 128
     sym: bool = True  # weights alone: zero point in the middle; false: one per group
-    gptq_step: int = 8  # calibration batches of weight-only quantization
+    autoclip_step: int = 8  # auto_clip: calibration batches
+    gptq_step: int = 8  # calibration batches of weight-only quantization without these two
     desc_act: bool = False  # GPTQ: rows by the size of their inputs; costs a look-up of groups at run time
     percdamp: float = 0.01  # GPTQ: damping, a share of the Hessian's mean diagonal
+    static_groups: bool = False  # GPTQ: groups by position, whatever the order; no look-up at run time
     search_range: bool = True  # GPTQ: also try smaller ranges for each scale; false: abs max alone
+    autoround_iters: int = 200  # do_autoround: steps a block, each on one calibration batch
+    autoround_lr: float | None = None  # how far the first step moves; None: 1 / autoround_iters
     ptq_step: int = 32  # calibration batches of a8w8
     activation: str = "per_tensor"  # a8w8: one scale found by calibration; per_token: each token's own; mixed
     per_token_ratio: float = 1.5  # mixed: each token's own where one scale makes the error that many times larger
@@ -117,12 +124,13 @@ class Args(ScriptArgs):
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key):
                 raise UserError(f"{key}: missing")
-        if self.do_ptq == self.do_gptq:
-            count = "both" if self.do_ptq else "neither"
-            raise UserError(f"{count} of do_ptq and do_gptq: true; choose one")
+        chosen = [key for key in ("do_ptq", "do_gptq", "do_autoround") if getattr(self, key)]
+        if not chosen and self.do_awq:
+            self.do_ptq, chosen = True, ["do_ptq"]
+        if len(chosen) != 1:
+            found = " and ".join(chosen) if chosen else "none"
+            raise UserError(f"{found}: true; choose one of do_ptq, do_gptq and do_autoround")
         self._check_bits()
-        if self.do_gptq and self.weights_type == "a8w8":
-            raise UserError("do_gptq quantizes weights alone: quant_type must be weight_only_int4 or weight_only_int8")
         if isinstance(self.skip_list_names, str):
             self.skip_list_names = [name.strip() for name in self.skip_list_names.split(",") if name.strip()]
         self._check_numbers()
@@ -133,7 +141,7 @@ class Args(ScriptArgs):
         """quant_type and bits, which say the same, made to agree."""
         by_bits = {bits: name for name, bits in BITS.items() if name.startswith("weight_only")}
         if self.quant_type is None:
-            self.quant_type = "weight_only_int4" if self.do_gptq else "a8w8"
+            self.quant_type = "a8w8" if self.do_ptq and not self.do_awq else "weight_only_int4"
             if self.bits is not None:
                 self.quant_type = by_bits.get(self.bits, MIXED)
         if self.weights_type not in BITS and (self.quant_type != MIXED or self.bits is None):
@@ -141,10 +149,18 @@ class Args(ScriptArgs):
             raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {names}")
         if self.bits is not None and self.bits != BITS.get(self.weights_type, self.bits):
             raise UserError(f"bits {self.bits:g} contradicts quant_type {self.quant_type}; leave one of them out")
-        if self.is_mixed and self.skip_list_names:
-            raise UserError("skip_list_names: beside bits with a fraction it is not here; sizes are of all linears")
-        if self.is_mixed and not min(by_bits) < self.bits < 16:
-            raise UserError(f"bits: {self.bits:g}; it must be more than {min(by_bits)}, scales and zeros counted")
+        for key in ("do_gptq", "do_autoround", "do_awq", "auto_clip"):
+            if getattr(self, key) and self.weights_type == "a8w8":
+                raise UserError(
+                    f"{key} quantizes weights alone: quant_type must be weight_only_int4 or another of them"
+                )
+        for key in ("skip_list_names", "do_autoround", "do_awq"):
+            if self.is_mixed and getattr(self, key):
+                raise UserError(
+                    f"{key}: it is not here beside bits with a fraction ({self.bits:g}); leave one of them out"
+                )
+        if self.is_mixed and not min(FORMATS) < self.bits < 16:
+            raise UserError(f"bits: {self.bits:g}; it must be more than {min(FORMATS)}, scales and zeros counted")
         self.bits = self.bits if self.is_mixed else BITS[self.weights_type]
 
     @property
@@ -158,8 +174,9 @@ class Args(ScriptArgs):
         return self.quant_type.removesuffix("c8")
 
     def _check_numbers(self):
-        steps = "sensitivity_step gptq_step ptq_step shift_step smooth_step smooth_k_piece search_tokens"
-        for key in f"per_device_train_batch_size per_device_eval_batch_size {steps}".split():
+        steps = "sensitivity_step autoround_iters awq_step autoclip_step gptq_step ptq_step shift_step smooth_step"
+        sizes = "per_device_train_batch_size per_device_eval_batch_size smooth_k_piece search_tokens"
+        for key in f"{sizes} {steps}".split():
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least 1")
         if self.src_length >= self.max_length or self.src_length < 1:
@@ -167,13 +184,14 @@ class Args(ScriptArgs):
         most_alpha = self.search_alpha_max
         for key, low, high in (
             ("percdamp", 0, 10),
+            ("autoround_lr", 0, 1),
             ("smooth_alpha", 0, 1),
             ("search_alpha_min", 0, most_alpha),
             ("search_alpha_max", 0, 1),
             ("search_alpha_step", 1e-3, 1),
             ("search_scale_min", 1e-3, self.search_scale_max),
         ):
-            if not low <= getattr(self, key) <= high:
+            if getattr(self, key) is not None and not low <= getattr(self, key) <= high:
                 raise UserError(f"{key}: {getattr(self, key):g}; it must be between {low:g} and {high:g}")
         for key, choices in (
             ("activation", ("per_tensor", "per_token", "mixed")),
@@ -202,17 +220,21 @@ class Args(ScriptArgs):
 
     def _check_activations(self):
         """Shift and smoothing belong to a8w8; returns lines to print."""
-        asked = [key for key in ("shift", "smooth") if getattr(self, key)]
+        asked = [key for key in ("shift", "smooth") if getattr(self, key) and not (key == "smooth" and self.do_awq)]
         if self.weights_type != "a8w8" and asked:
             raise UserError(f"{asked[0]} prepares activations: it needs quant_type: a8w8, found {self.quant_type}")
         if self.weights_type == "a8w8" and not self.dataset_name_or_path:
             raise UserError("dataset_name_or_path: missing; a8w8 is calibrated on records")
-        sensitivity = "bits with a fraction" if self.is_mixed else "sensitivity"
-        needs = {"do_gptq": self.do_gptq, "do_eval": self.do_eval, "c8": self.quant_type.endswith("c8")}
-        needs[sensitivity] = self.sensitivity or self.is_mixed
+        needs = {key: getattr(self, key) for key in ("do_gptq", "do_autoround", "do_awq", "auto_clip", "do_eval")}
+        needs |= {"c8": self.quant_type.endswith("c8"), "sensitivity": self.sensitivity}
+        needs["bits with a fraction"] = self.is_mixed
         for key in (key for key, asked in needs.items() if asked and not self.dataset_name_or_path):
             raise UserError(f"dataset_name_or_path: missing; {key} needs records")
         notes = []
+        if self.do_awq and self.smooth:
+            notes.append("smooth: with do_awq the factors are AWQ's")
+        if self.auto_clip and not self.do_ptq:
+            notes.append(f"auto_clip: {self.method} searches ranges already")
         for key in ("smooth_all_linears", "smooth_piecewise_search"):
             if getattr(self, key) and not self.smooth:
                 notes.append(f"{key}: without smooth: true it does nothing")
@@ -223,14 +245,24 @@ class Args(ScriptArgs):
     @property
     def method(self):
         """The row of METHODS."""
-        return "a8w8" if self.weights_type == "a8w8" else "gptq" if self.do_gptq else "rtn"
+        if self.weights_type == "a8w8":
+            return "a8w8"
+        names = {"autoround": self.do_autoround, "gptq": self.do_gptq, "awq": self.do_awq or self.auto_clip}
+        return next((name for name, chosen in names.items() if chosen), "rtn")
 
     @property
     def algorithm(self):
         """The name of the algorithm in quantization_config."""
+        if self.quant_type != "a8w8":
+            parts = [
+                "awq" if self.do_awq else "",
+                self.method if self.method != "awq" else "",
+                "clip" if self.auto_clip else "",
+            ]
+            return "_".join(filter(None, parts))
         search = "search" if self.smooth and self.smooth_piecewise_search else ""
         parts = ["shift" if self.shift else "", "smooth" if self.smooth else "", search]
-        return "gptq" if self.do_gptq else "_".join(filter(None, parts)) or "rtn"
+        return "_".join(filter(None, parts)) or "rtn"
 
 
 # ======================================================================== quantizing the model
@@ -337,11 +369,14 @@ def quantize_block(
         observed = calibration.observe(block, [refs[name] for name in firsts], **method.observes(args))
         stats.update(zip(firsts, observed))
 
+    parts = [part for stage in stages for part in fit_to_memory(stage, refs)]
+    lines = method.start_block(block, refs, parts, calibration, args)
     if method.whole_block:
         observe([group for stage in stages for group in stage])
-        for line in method.prepare_block(block, refs, stats, model.config, args):
-            print_once(line)
-    for groups in (part for stage in stages for part in fit_to_memory(stage, refs)):
+        lines = method.prepare_block(block, refs, stats, model.config, args)
+    for line in lines:
+        print_once(line)
+    for groups in parts:
         if not method.whole_block:
             observe(groups)
         for group in groups:
@@ -353,6 +388,7 @@ def quantize_block(
                 error, damping = method.quantize(refs[name], group_stats, shared, own)
                 row = {"linear": path, "shape": shape, "error": error, "damping": damping, **group_stats.outliers}
                 row |= {"scheme": refs[name].layer.scheme, "static": refs[name].layer.input_scale is not None}
+                row |= {"note": group_stats.note} if group_stats.note else {}
                 yield {**row, "seconds": round(time.perf_counter() - start, 3)}
                 start = time.perf_counter()
 
@@ -364,6 +400,7 @@ def report_line(row: dict, percdamp: float) -> str:
         note = f"  damping {row['damping']:g}"
         if row["damping"] > percdamp:
             note += f": not positive definite with percdamp {percdamp:g}"
+    note += f"  {row['note']}" if "note" in row else ""
     numbers = f"error {100 * row['error']:8.4f} %  {row['seconds']:6.2f} s"
     return f"{row['linear']:<42} {shape:>12}  {row['scheme']:<4}  {numbers}{note}"
 
@@ -387,7 +424,8 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
         return None, 0, None
     path = args.dataset_name_or_path
     a8w8_steps = max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
-    steps = a8w8_steps if args.weights_type == "a8w8" else args.gptq_step
+    awq_steps = max(args.awq_step * args.do_awq, args.autoclip_step * args.auto_clip)
+    steps = {"a8w8": a8w8_steps, "awq": awq_steps}.get(args.method, args.gptq_step)
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
         size, T = args.per_device_train_batch_size, args.max_length
         calibration = CorpusLoader(path, args.split, "train", steps * size, T, size, seed=args.seed)

@@ -232,10 +232,11 @@ IGNORED = _table([
     ("a key of quantize.py", """
         quant_type skip_list_names weight_quant_method act_quant_method search_alpha_min search_alpha_max
         search_scale_min search_scale_max ptq_step shift shift_all_linears shift_step smooth smooth_all_linears
-        smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece gptq_step auto_clip"""),
+        smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece gptq_step awq_step auto_clip
+        autoclip_step"""),
     ("all calibration samples have the same weight", "shift_sampler smooth_sampler"),
-    ("it belongs to a quantization method that is not supported (fp8, 8-bit caches, AWQ)", """
-        fp8_type cachekv_quant_method awq_step autoclip_step"""),
+    ("it belongs to a quantization method that is not supported (fp8, 8-bit caches)", """
+        fp8_type cachekv_quant_method"""),
     ("quantize.py always writes its report", "do_quant_debug test_sample"),
     ("serve.py always uses continuous batching over a pool of blocks", """
         inference_model block_attn append_attn dynamic_insert avx_model avx_type avx_cachekv_type output_via_mq

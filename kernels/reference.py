@@ -141,7 +141,21 @@ def dequantize_table(codes, scales, values, n_in, n_out, transposed=False):
 
 
 def _unpack(packed, bits, axis):
-    """int32 words of 32/bits codes along rows (axis 1) or columns (axis 2) -> int32 codes."""
+    """int32 words, a stream of bits along rows (axis 1) or columns (axis 2) -> int32 codes."""
+    if bits == 3:  # a code may lie in two words: its low bits in one, `over` high ones in the next
+        words = packed if axis == 1 else packed.t()
+        at = np.arange(words.shape[0] * 32 // bits) * bits
+        over = np.maximum(at % 32 + bits - 32, 0)
+        word, following = (
+            words.index_select(paddle.to_tensor(i)) for i in (at // 32, np.minimum(at // 32 + 1, len(words) - 1))
+        )
+        place, kept, low_mask, high_mask = (
+            paddle.to_tensor(a.astype(np.int32)).unsqueeze(-1)
+            for a in (at % 32, bits - over, (1 << bits - over) - 1, (1 << over) - 1)
+        )
+        low = paddle.bitwise_right_shift(word, place) & low_mask
+        codes = low | paddle.bitwise_left_shift(following & high_mask, kept)
+        return codes if axis == 1 else codes.t()
     shifts = paddle.arange(0, 32, bits, dtype="int32")
     shifts = shifts.unsqueeze(-1) if axis == 1 else shifts
     codes = paddle.bitwise_right_shift(packed.unsqueeze(axis), shifts)  # (rows, 32/bits, cols) or (rows, cols, 32/bits)

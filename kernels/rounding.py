@@ -77,7 +77,13 @@ def round_to_nearest(weight: np.ndarray, bits: int, group_size: int = -1, sym: b
 
 
 def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
-    """codes (n, out) uint8 -> int32 (n · bits/32, out): 32/bits rows a word, the first in the lowest bits."""
+    """codes (n, out) uint8 -> int32 (n · bits/32, out): a stream of bits along the rows, the first in the lowest."""
+    if bits == 3:  # a code may lie in two words
+        of_codes = np.unpackbits(
+            codes.astype(np.uint8).T[..., None], axis=-1, count=bits, bitorder="little"
+        )  # (out, n, bits)
+        stream = np.packbits(of_codes.reshape(codes.shape[1], -1), axis=1, bitorder="little")
+        return np.ascontiguousarray(stream.view(np.int32).T)
     per_word = 32 // bits
     words = codes.astype(np.uint32).reshape(-1, per_word, codes.shape[1])
     shifts = (bits * np.arange(per_word, dtype=np.uint32))[:, None]

@@ -1,6 +1,7 @@
 """Linears (float and integer), embedding, norm, RNG; and LINEARS, the table that says how every linear is wired."""
 
 import contextlib
+import math
 import zlib
 from collections import namedtuple
 
@@ -68,8 +69,9 @@ class Linear(nn.Layer):
 class QuantLinear(nn.Layer):
     """y = x W + b with W (in, out) held as integers, on kernels.quant_linear, whose docstring has the layouts.
 
-    scheme "w4" or "w8": only weights, in groups of group_size input rows (-1: one group). scheme "a8w8": weights by
-    output channel, activations rounded as well, by input_scale if static_input, else token by token.
+    scheme "w4" or "w8": only weights, in groups of group_size input rows (-1: one group). "w2" and "w3", which no
+    kernel multiplies: so too, and floats are kept from the first product on. scheme "a8w8": weights by output channel,
+    activations rounded as well, by input_scale if static_input, else token by token.
     """
 
     def __init__(self, n_in, n_out, scheme, group_size=-1, bias=False, desc_act=False, static_input=False):
@@ -81,16 +83,16 @@ class QuantLinear(nn.Layer):
             if static_input:
                 tensors["input_scale"] = ([1], "float32")
         else:
-            per_word, groups = 32 // int(scheme[1:]), -(-n_in // self.group_size)
-            if n_in % per_word or n_out % per_word:
-                bits = scheme[1:]
+            bits, groups = int(scheme[1:]), -(-n_in // self.group_size)
+            whole = 32 // math.gcd(32, bits)  # so many codes fill whole words
+            if n_in % whole or n_out % whole:
                 raise UserError(
-                    f"a linear of {n_in} x {n_out} cannot be packed to {bits} bits: not multiples of {per_word}"
+                    f"a linear of {n_in} x {n_out} cannot be packed to {bits} bits: not multiples of {whole}"
                 )
             tensors = {
-                "qweight": ([n_in // per_word, n_out], "int32"),
+                "qweight": ([n_in * bits // 32, n_out], "int32"),
                 "scales": ([groups, n_out], "float32"),
-                "qzeros": ([groups, n_out // per_word], "int32"),
+                "qzeros": ([groups, n_out * bits // 32], "int32"),
                 "g_index": ([n_in], "int32"),
             }
         for name, (shape, dtype) in tensors.items():
@@ -102,6 +104,7 @@ class QuantLinear(nn.Layer):
         # Groups are runs of input rows, or all rows are one group: g_index need not be read.
         self.in_order = self.group_size >= n_in or not desc_act and n_in % self.group_size == 0
         self.bias = self.create_parameter([n_out], is_bias=True) if bias else None
+        self.floats = None  # (in, out), with 2 and 3 bits
 
     def _row_groups(self):
         return None if self.in_order else self.g_index
@@ -112,6 +115,9 @@ class QuantLinear(nn.Layer):
 
     def product(self, x, bias=None) -> paddle.Tensor:
         """x W, plus a bias if one is given."""
+        if self.scheme in ("w2", "w3"):
+            self.floats = self.dequantized() if self.floats is None else self.floats
+            return kernels.linear(x, self.floats, bias)
         groups = self._row_groups()
         return kernels.quant_linear(
             x, self.qweight, self.scales, bias, self.scheme, self.qzeros, groups, self.input_scale

@@ -33,6 +33,8 @@ from model import (
     set_parameter,
 )
 
+FEW = 1 / 8  # tokens per input, below which an expert is calibrated on all tokens
+
 
 class ActivationStats:
     """Statistics of an input X (tokens, n) that linears share: its Hessian, extremes per batch, sampled rows."""
@@ -40,6 +42,7 @@ class ActivationStats:
     def __init__(self, n, keep_hessian, keep_rows):
         self.tokens, self.rows_per_batch = 0, keep_rows
         self.hessian = np.zeros((n, n)) if keep_hessian else None  # float64, X^T X
+        self.note = ""  # what the report says of these inputs
         self.low, self.high, self.rows = [], [], []  # a batch: (n,) least, (n,) largest, (rows_per_batch, n)
         self.token_max = []  # a batch: (tokens,) the largest |x| of each
         self.scale = None  # a8w8: the scale of all tokens, if each has not its own
@@ -132,16 +135,19 @@ class Calibration:
     def observe(self, block, refs, keep_hessian=False, keep_rows=0):
         """[ActivationStats] of the linears in `refs`, by running the block once over all batches.
 
-        An expert to which no token was sent is shown all of them in a second run: it may well get some of other texts.
+        An expert that got fewer tokens than FEW * its inputs is shown all of them besides, in a second run: so few say
+        nothing of most directions of its inputs, and it may well get others of other texts. Its stats say so.
         """
         per_batch = -(-keep_rows // max(1, len(self.items)))
         recorders = [ActivationRecorder(s, ActivationStats(s.layer.n_in, keep_hessian, per_batch)) for s in refs]
         for ref, recorder in zip(refs, recorders):
             setattr(ref.parent, ref.attribute, recorder)
         self._record(block, recorders)
-        if idle := [r for r in recorders if r.ref.routed and not r.inputs.tokens and self.items]:
+        if idle := [r for r in recorders if r.ref.routed and r.inputs.tokens < FEW * r.layer.n_in and self.items]:
             for recorder in recorders:
                 recorder.active = recorder in idle
+            for recorder in idle:
+                recorder.inputs.note = f"{recorder.inputs.tokens} tokens were sent to it: calibrated on all"
             self._record(block, idle, {id(r.ref.parent): r.ref.parent for r in idle}.values())
         for ref, recorder in zip(refs, recorders):
             setattr(ref.parent, ref.attribute, recorder.layer)

@@ -16,6 +16,8 @@ import numpy as np
 
 from formats.files import UserError
 from model import QuantLinear
+from quantization.auto_round import learn_block
+from quantization.awq import clip, scale_block
 from quantization.gptq import gptq, gptq_plan, output_error
 from quantization.smoothing import prepare_block
 
@@ -33,6 +35,12 @@ class WeightOnly:
         """Keyword arguments of Calibration.observe()."""
         return {"keep_hessian": True}
 
+    def start_block(self, block, refs, parts, calibration, args) -> list:
+        """What is done to a block of float weights before its linears are observed; lines that say what was left out.
+
+        parts: [[LinearGroup, …], …] in the order in which they run."""
+        return scale_block(block, refs, parts, calibration, args) if args.do_awq else []
+
     def prepare_block(self, block, refs, stats, config, args) -> list:
         """Change a block's float weights before they are quantized; lines that say what was left out, and why."""
         return []
@@ -41,16 +49,17 @@ class WeightOnly:
         """What all linears that read one input share: (Hessian, None)."""
         return stats.mean_hessian(), None
 
-    def codes(self, weight, plan, args) -> QuantizedWeight:
+    def codes(self, ref, weight, plan, args) -> QuantizedWeight:
         return round_to_nearest(weight, args.bits, args.group_size, args.sym)
 
     def quantize(self, ref, stats, shared, args) -> tuple:
         """Replace a linear by its codes; (relative error of its outputs, damping of the Hessian or None)."""
         weight, (hessian, plan) = ref.layer.weight.numpy(), shared
         try:
-            quantized = self.codes(weight, plan, args)
+            quantized = self.codes(ref, weight, plan, args)
+            in_order = not self.config(args)["desc_act"]
             layer = QuantLinear(
-                *weight.shape, f"w{args.bits}", args.group_size, ref.layer.bias is not None, args.desc_act
+                *weight.shape, f"w{args.bits}", args.group_size, ref.layer.bias is not None, not in_order
             )
         except UserError as error:
             raise UserError(f"{ref.path}: {error}") from None
@@ -61,11 +70,11 @@ class WeightOnly:
             qzeros=pack_zeros(quantized.zeros, args.bits),
             g_index=quantized.groups,
         )
-        return output_error(weight, quantized.weight(), hessian), plan and plan.damping
+        return output_error(weight, quantized.weight(), hessian), getattr(plan, "damping", None)
 
     def config(self, args) -> dict:
-        """quantization_config in the words of GPTQ tools."""
-        order = {"sym": args.sym, "desc_act": args.do_gptq and args.desc_act}
+        """quantization_config in the words of GPTQ tools; desc_act: whether groups are in the order of the inputs."""
+        order = {"sym": args.sym, "desc_act": args.do_gptq and args.desc_act and not args.static_groups}
         return {"quant_method": "gptq", "checkpoint_format": "gptq", "lm_head": False, **order}
 
 
@@ -76,8 +85,32 @@ class GPTQ(WeightOnly):
         hessian = stats.mean_hessian()
         return hessian, gptq_plan(hessian, args.desc_act, args.percdamp)
 
-    def codes(self, weight, plan, args) -> QuantizedWeight:
-        return gptq(weight, plan, args.bits, args.group_size, args.sym, args.search_range)
+    def codes(self, ref, weight, plan, args) -> QuantizedWeight:
+        return gptq(weight, plan, args.bits, args.group_size, args.sym, args.search_range, args.static_groups)
+
+
+class AWQ(WeightOnly):
+    """Weights alone, to nearest in ranges that are searched (auto_clip), after channels were scaled (do_awq)."""
+
+    def prepare(self, stats, args):
+        return (stats.mean_hessian(),) * 2
+
+    def codes(self, ref, weight, plan, args) -> QuantizedWeight:
+        if not args.auto_clip:
+            return super().codes(ref, weight, plan, args)
+        return clip(weight, plan, args.bits, args.group_size, args.sym)
+
+
+class AutoRound(WeightOnly):
+    """Weights alone, rounded up or down as lowers the error of the block's output (arXiv 2309.05516)."""
+
+    def start_block(self, block, refs, parts, calibration, args) -> list:
+        lines = super().start_block(block, refs, parts, calibration, args)
+        self.learned = learn_block(block, refs, parts, calibration, args)  # of this block, by path
+        return lines
+
+    def codes(self, ref, weight, plan, args) -> QuantizedWeight:
+        return self.learned.pop(ref.path)
 
 
 class A8W8:
@@ -88,6 +121,9 @@ class A8W8:
 
     def observes(self, args) -> dict:
         return {"keep_rows": args.search_tokens}
+
+    def start_block(self, block, refs, parts, calibration, args) -> list:
+        return []
 
     prepare_block = staticmethod(prepare_block)
 
@@ -110,4 +146,4 @@ class A8W8:
         return {"quant_method": "a8w8", "activation": args.activation, "sym": True, "desc_act": False}
 
 
-METHODS = {"rtn": WeightOnly(), "gptq": GPTQ(), "a8w8": A8W8()}
+METHODS = {"rtn": WeightOnly(), "gptq": GPTQ(), "awq": AWQ(), "autoround": AutoRound(), "a8w8": A8W8()}

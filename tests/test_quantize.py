@@ -218,14 +218,18 @@ def test_a_weight_too_large_for_float16_scales_is_named(world, tmp_path, capfd):
 # ---------------------------------------------------------------------------------------------- GPTQ
 
 
-def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp):
-    """Optimal brain quantization, row after row, the inverse Hessian of the rows left taken anew each time; float64."""
+def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp, static=False):
+    """Optimal brain quantization, row after row, the inverse Hessian of the rows left taken anew each time; float64.
+
+    static: groups by position, their scales from the weight as it was."""
     n_in = len(weight)
     hessian = hessian + percdamp * np.mean(np.diag(hessian)) * np.eye(n_in)
     order = np.argsort(-np.diag(hessian), kind="stable") if desc_act else np.arange(n_in)
     size, left, result = n_in if group_size == -1 else group_size, weight.copy(), np.empty_like(weight)
     for place, row in enumerate(order):
-        if place % size == 0:
+        if static:
+            scale, zero = rounding.qparams(weight[row // size * size :][:size], bits, sym)
+        elif place % size == 0:
             scale, zero = rounding.qparams(left[order[place : place + size]], bits, sym)
         rest = order[place:]
         inverse = np.linalg.inv(hessian[np.ix_(rest, rest)])
@@ -821,10 +825,13 @@ def test_a_folder_is_replaced_only_when_told_and_only_by_something_whole(world, 
 
 
 BAD = [
-    ({}, "neither of do_ptq and do_gptq"),
-    ({"do_ptq": True, "do_gptq": True}, "both of do_ptq and do_gptq"),
-    ({"do_ptq": True, "do_awq": True}, "do_awq: "),
-    ({"do_ptq": True, "auto_clip": True}, "auto_clip: "),
+    ({}, "none: true; choose one of do_ptq, do_gptq and do_autoround"),
+    ({"do_ptq": True, "do_gptq": True}, "do_ptq and do_gptq: true; choose one"),
+    ({"do_ptq": True, "do_awq": True, "quant_type": "a8w8"}, "do_awq quantizes weights alone"),
+    ({"do_ptq": True, "auto_clip": True}, "auto_clip quantizes weights alone"),
+    ({"do_awq": True, "dataset_name_or_path": ""}, "dataset_name_or_path: missing; do_awq needs records"),
+    ({"do_autoround": True, "autoround_iters": 0}, "autoround_iters: 0"),
+    ({"do_gptq": True, "quant_type": "wint3"}, "cannot be packed to 3 bits: not multiples of 32"),
     ({"do_qat": True}, "do_qat: "),
     ({"do_ptq": True, "shift": True, "shift_all_linears": True}, "shift_all_linears: "),
     ({"do_ptq": True, "quant_type": "a8w8c4"}, "a8w8c4"),
