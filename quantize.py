@@ -556,7 +556,11 @@ def main(args: Args) -> None:
         calibration = Calibration(model, calibration_loader, batches)
     tokens = calibration.tokens
     print(f"{args.algorithm}, {args.quant_type}: {tokens:,} calibration tokens in {batches} batches", flush=True)
-    rows = quantize_model(model, calibration, args, progress=progress, mixed=mixed)
+    try:
+        rows = quantize_model(model, calibration, args, progress=progress, mixed=mixed)
+    except UserError:
+        progress.abandon()
+        raise
     del calibration
     seconds = time.perf_counter() - start
     bits = stored_bits(model)

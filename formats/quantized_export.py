@@ -152,7 +152,7 @@ def _fp8_config(model: CausalLM, linears: dict[str, dict]) -> dict:
 def _other_linears(model: CausalLM) -> list[str]:
     """Module paths of the routers and other linears of the blocks that stay in float."""
     names = [weight.name for weight in weights_to_save(model)]
-    return [
+    return list((model.config.quantization or {}).get("modules_to_not_convert") or []) + [
         name.removesuffix(".weight") for name in names if name.endswith(("gate.weight", "shared_expert_gate.weight"))
     ]
 
@@ -199,8 +199,11 @@ def quantized_weights(model: CausalLM, layout: str) -> tuple[list, dict]:
         raise UserError(f"format: {layout} is of a quantized model: quantize.py makes one")
     if FAMILIES[model.config.family].architecture == "GPT2LMHeadModel":
         raise UserError(f"format: {layout} is not supported for gpt2: its linears are [in, out] there")
+    if is_quantized and model.config.quantization.get("activation") == "mixed":
+        raise UserError(f"format: {layout}: activation mixed is not supported; quantize with per_tensor or per_token")
     of_layer, config_of = _WRITERS[layout]
-    linears = {path: of_layer(layer) for path, (_, _, layer) in block_linears(model).items()}
+    layers = {path: layer for path, (*_, layer) in block_linears(model).items()}
+    linears = {p: of_layer(layer) for p, layer in layers.items() if isinstance(layer, QuantLinear) or not is_quantized}
     own = tuple(f"{path}." for path in linears)
     weights = [w for w in weights_to_save(model) if not w.name.startswith(own) or w.name.endswith(".bias")]
     for path, tensors in linears.items():

@@ -12,6 +12,7 @@ is restored are the tensors as they were in memory, and the calibration data pas
 is the one of an undisturbed run, bit for bit. The folder is made when there is something to keep.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from paddle import nn
 
-from checkpoint import lock_output_dir, remove_path
+from checkpoint import lock_output_dir, remove_path, unlock_output_dir
 from formats.files import UserError, atomic_file, fingerprint, read_json
 from formats.tensor_files import read_safetensors, write_safetensors
 from model import CausalLM, build, set_parameter
@@ -111,6 +112,14 @@ class Progress:
 
     def remove(self) -> None:
         remove_path(self.folder)
+
+    def abandon(self) -> None:
+        """Leave output_dir as if nothing had begun: the same arguments would end in the same error."""
+        if self.started:
+            self.remove()
+            unlock_output_dir(self.args.output_dir)
+            with contextlib.suppress(OSError):  # other files are in it
+                Path(self.args.output_dir).rmdir()
 
 
 def _differences(found, facts):

@@ -197,6 +197,8 @@ def test_kill_9_anywhere(seed, world, tmp_path):  # noqa: F811
             process.kill()
             process.communicate()
             kills += 1
+            if (tmp_path / "out" / "quant_report.json").exists() and not (tmp_path / "out" / "tmp-quantize").exists():
+                break  # it was done
     else:
         subprocess.run(command, check=True, capture_output=True)
     assert kills
