@@ -105,7 +105,7 @@ def _compressed_config(model: CausalLM, tensors: list[dict]) -> dict:
 def _other_linears(model: CausalLM) -> list[str]:
     """Module paths of the routers and other linears of the blocks that stay in float."""
     names = [weight.name for weight in weights_to_save(model)]
-    return [
+    return (model.config.quantization.get("modules_to_not_convert") or []) + [
         name.removesuffix(".weight") for name in names if name.endswith(("gate.weight", "shared_expert_gate.weight"))
     ]
 
@@ -145,7 +145,10 @@ def quantized_weights(model: CausalLM, layout: str) -> tuple[list, dict]:
     of_layer, config_of = {"compressed-tensors": (_compressed_tensors, _compressed_config), "awq": (_awq, _awq_config)}[
         layout
     ]
-    linears = {path: of_layer(layer) for path, (_, _, layer) in block_linears(model).items()}
+    if model.config.quantization.get("activation") == "mixed":
+        raise UserError(f"format: {layout}: activation mixed is not supported; quantize with per_tensor or per_token")
+    layers = {path: layer for path, (*_, layer) in block_linears(model).items()}
+    linears = {path: of_layer(layer) for path, layer in layers.items() if isinstance(layer, QuantLinear)}
     own = tuple(f"{path}." for path in linears)
     weights = [w for w in weights_to_save(model) if not w.name.startswith(own) or w.name.endswith(".bias")]
     for path, tensors in linears.items():
