@@ -26,6 +26,7 @@ from adapters import apply_lora, apply_prefix, from_pretrained, lora_layers, sav
 from arguments import parse_args
 from families import ModelConfig
 from formats.files import UserError
+from formats.quantized_export import quantized_weights
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
 from quantization import gptq, methods, smoothing
@@ -684,6 +685,12 @@ def test_skipped_linears_stay_floats_and_folders_with_them_open_again(kind, tmp_
     again = from_pretrained(tmp_path / "out").eval()
     np.testing.assert_allclose(logits(again), logits(net), rtol=0, atol=1e-5)
     assert np.abs(logits(net) - wanted).mean() < 0.1 * np.abs(wanted).mean()
+    if args.activation == "mixed" and args.method == "a8w8":
+        with pytest.raises(UserError, match="activation mixed is not supported"):
+            quantized_weights(net, "compressed-tensors")
+    else:
+        weights, config = quantized_weights(net, "compressed-tensors")
+        assert set(floats) < set(config["ignore"]) and {f"{p}.weight" for p in floats} < {w.name for w in weights}
 
 
 def test_scales_of_an_int8_cache_are_calibrated_and_served(tmp_path):
