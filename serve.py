@@ -36,7 +36,7 @@ from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM, QuantLinear
 from serving.access import Access, model_names
 from serving.engine import Engine
-from serving.fused import choose_dtype
+from serving.fused import choose_dtype, why_not_fused
 from serving.offline import answer_file, answer_prompt, benchmark
 from serving.pooling import POOLINGS
 from serving.runners import PagedRunner, StaticRunner, round_linears
@@ -72,7 +72,7 @@ class Args(ScriptArgs):
     kv_cache_gb: float = 1.0  # memory of the pool
     cachekv_int8_type: str | None = None  # dynamic: the pool in int8 with a scale a token and head; static: with the
     # scales of heads that quantize.py's quant_type …c8 left in the folder; None: float32
-    dtype: str | None = None  # float32, bfloat16, or auto: bfloat16 where possible; None: float32, with quant auto
+    dtype: str | None = None  # float32, bfloat16, or auto (None): bfloat16 where processor and model allow it
     quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     chunked_prefill_size: int = 128  # most tokens of prompts in a step that replies wait for
@@ -211,7 +211,11 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         trainer.check_vocabulary(model, tokenizer, path)
         if args.quant:
             round_linears(model, args.quant, QUANT_GROUPS[args.quant])
-        dtype = choose_dtype(model, adapters, args.dtype or ("auto" if args.quant else "float32"))
+        dtype = choose_dtype(model, adapters, args.dtype or "auto")
+        if args.dtype in (None, "auto"):
+            why = why_not_fused(model, adapters, "bfloat16")
+            reason = why or "which this processor multiplies natively; --dtype float32 is exact and slower"
+            print(f"dtype: {dtype}, {reason}", flush=True)
         num_virtual_tokens = model.prefix.tokens if model.prefix is not None else 0
         # twice what can be in use at once: the other half keeps prompts for later requests
         wanted = 2 * blocks_in_use(args, num_virtual_tokens, model.config.max_model_len)

@@ -151,13 +151,16 @@ def learn(
         linear.refresh()
     before, steps = block_error(block, calibration, targets), args.autoround_iters
     rate = args.autoround_lr or 1 / steps
-    batches = itertools.chain.from_iterable(calibration.run(block) for _ in itertools.count())
+    done = 0
     with paddle.enable_grad(), bfloat16_products():
-        for step, (number, real, output) in enumerate(itertools.islice(batches, steps)):
-            relative_errors(real_rows(output(), real), targets[number]).mean().backward()
-            for linear in linears:
-                linear.step(rate * (1 - step / steps))
-                linear.refresh()
+        while done < steps:
+            with contextlib.closing(calibration.run(block)) as batches:
+                for number, real, output in itertools.islice(batches, steps - done):
+                    relative_errors(real_rows(output(), real), targets[number]).mean().backward()
+                    for linear in linears:
+                        linear.step(rate * (1 - done / steps))
+                        linear.refresh()
+                    done += 1
     after = block_error(block, calibration, targets)
     if not after < before:
         for linear in linears:

@@ -103,7 +103,7 @@ def stopping(tmp_path_factory):
 
 
 def engine_reply(folder, prompt, **keys):
-    engine, _ = serve.build_engine(serve.Args(model_name_or_path=str(folder), num_blocks=64, **keys))
+    engine, _ = serve.build_engine(serve.Args(model_name_or_path=str(folder), num_blocks=64, dtype="float32", **keys))
     (completion,) = engine.generate([Request(prompt, SamplingParams(max_tokens=40, temperature=0.0))])[0]
     return completion.token_ids, completion.finish_reason
 
@@ -274,7 +274,8 @@ def quick(monkeypatch):
 
 def served(folder):
     """[(prompt ids, greedy reply's ids, its text)] of CHATS, the text from the HTTP server."""
-    engine, tokenizer = serve.build_engine(serve.Args(model_name_or_path=str(folder), num_blocks=64))
+    args = serve.Args(model_name_or_path=str(folder), num_blocks=64, dtype="float32")
+    engine, tokenizer = serve.build_engine(args)
     prompts, params = [tokenizer.apply_chat(chat) for chat in CHATS], SamplingParams(max_tokens=60, temperature=0.0)
     ids = [completions[0].token_ids for completions in engine.generate([Request(p, params) for p in prompts])]
     server, texts = Running(engine, tokenizer), []

@@ -1094,6 +1094,7 @@ def offline(path, output, **changes):
             "max_length": 10,
             "batch_size": 3,
             "num_blocks": 20,
+            "dtype": "float32",
             "disable_tqdm": "true",
             **changes,
         },
@@ -1271,13 +1272,14 @@ def test_the_shipped_config_parses():
 # ==================================================================================== weights rounded at load
 
 
-@pytest.mark.parametrize("keys", [["--quant", "w4"], ["--quant", "a8w8"], ["--dtype", "auto"], ["--dtype", "bfloat16"]])
-def test_serving_rounds_weights_when_it_loads_them(keys):
+@pytest.mark.parametrize("keys", [["--quant", "w4"], ["--quant", "a8w8"], [], ["--dtype", "bfloat16"]])
+def test_serving_rounds_weights_when_it_loads_them(keys, capsys):
     if why := storage_missing("bfloat16") or storage_missing("w4"):
         pytest.skip(why)
     args = parse_args(serve.Args, ["--model_name_or_path", DEMO, "--kv_cache_gb", "0.01", *keys])
     engine, _ = serve.build_engine(args)
     assert isinstance(engine.runner, FusedRunner) and str(engine.runner.pools[0][0].dtype) == "paddle.bfloat16"
+    assert ("dtype: bfloat16, which this processor" in capsys.readouterr().out) == ("--dtype" not in keys)
     text = prompts(1)[0]
     (exact,) = run(Engine(from_pretrained(DEMO)), [Request(text, greedy(3))])
     (found,) = run(engine, [Request(text, greedy(3))])

@@ -979,7 +979,8 @@ def test_demo_model_over_http(start):
     import adapters
     import model as models
 
-    args = serve.Args(model_name_or_path=str(ROOT / "demo" / "llama"), chat_template="chatml", num_blocks=64)
+    demo = str(ROOT / "demo" / "llama")
+    args = serve.Args(model_name_or_path=demo, chat_template="chatml", num_blocks=64, dtype="float32")
     engine, tokenizer = serve.build_engine(args)
     server = start(engine, tokenizer)
     prompts = ["The red dress is made of", "A warm coat", "This linen shirt has a collar and " * 3]

@@ -32,7 +32,11 @@ def user(text):
 @pytest.fixture(scope="module")
 def demo():
     args = serve.Args(
-        model_name_or_path=str(ROOT / "demo" / "llama"), total_max_length=512, num_blocks=64, keep_weights=True
+        model_name_or_path=str(ROOT / "demo" / "llama"),
+        total_max_length=512,
+        num_blocks=64,
+        keep_weights=True,
+        dtype="float32",
     )
     engine, tokenizer = serve.build_engine(args)
     tokenizer.chat_template = JinjaTemplate(THINKING, "thinking.jinja")
