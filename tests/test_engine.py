@@ -882,7 +882,7 @@ def quantized_folder(path):
 
 def test_a_quantized_folder_answers_as_generate_does(tmp_path):
     folder = quantized_folder(tmp_path / "quantized")
-    engine, _ = serve.build_engine(arguments(folder, num_blocks=40, batch_size=3))
+    engine, _ = serve.build_engine(arguments(folder, num_blocks=40, batch_size=3, dtype="float32"))
     model, texts = from_pretrained(folder), prompts(4, seed=10)
     assert any(isinstance(layer, M.QuantLinear) for layer in model.sublayers())
     assert run(engine, [Request(p, greedy()) for p in texts]) == [[oracle(model, p)] for p in texts]
