@@ -192,7 +192,10 @@ def test_kill_9_anywhere(seed, world, tmp_path):  # noqa: F811
         try:
             output, _ = process.communicate(timeout=length * rng.uniform(0.4, 1.0))
             assert process.returncode == 0, output
-            break
+            if kills:
+                break
+            shutil.rmtree(tmp_path / "out")  # it was faster than the first time
+            length *= 0.8
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
