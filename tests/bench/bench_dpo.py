@@ -34,7 +34,20 @@ from alignment.preference import batch_loss, model_inputs, pair_counts, reply_lo
 
 PAIRS = 4  # of a step
 
-TRL = """
+CLOCK = """
+class Clock(TrainerCallback):
+    seconds = []
+    def on_step_begin(self, *args, **kwargs):
+        Clock.start = time.perf_counter()
+    def on_step_end(self, *args, **kwargs):
+        Clock.seconds.append(time.perf_counter() - Clock.start)
+
+def text(ids):
+    return " ".join(f"w{i}" for i in ids)
+"""
+
+TRL = (
+    """
 import json, os, sys, time
 given = json.load(open(sys.argv[1]))
 import torch
@@ -47,16 +60,9 @@ from trl import DPOConfig, DPOTrainer
 def opened():
     return AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
 
-class Clock(TrainerCallback):
-    seconds = []
-    def on_step_begin(self, *args, **kwargs):
-        Clock.start = time.perf_counter()
-    def on_step_end(self, *args, **kwargs):
-        Clock.seconds.append(time.perf_counter() - Clock.start)
-
-def text(ids):
-    return " ".join(f"w{i}" for i in ids)
-
+"""
+    + CLOCK
+    + """
 rows = [{"prompt": text(p) + " ", "chosen": text(c), "rejected": text(r)} for p, c, r in given["pairs"]]
 lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 args = DPOConfig(output_dir=given["folder"], use_cpu=True, bf16=True, report_to=[], gradient_checkpointing=False,
@@ -69,8 +75,10 @@ trainer = DPOTrainer(opened(), ref_model=opened() if full else None, args=args, 
 trainer.train()
 print(json.dumps(Clock.seconds))
 """
+)
 
-LLAMA_FACTORY = """
+LLAMA_FACTORY = (
+    """
 import json, os, sys, time
 os.environ["DISABLE_VERSION_CHECK"] = "1"
 given = json.load(open(sys.argv[1]))
@@ -79,16 +87,9 @@ torch.set_num_threads(given["threads"])
 from transformers import TrainerCallback
 from llamafactory.train.tuner import run_exp
 
-class Clock(TrainerCallback):
-    seconds = []
-    def on_step_begin(self, *args, **kwargs):
-        Clock.start = time.perf_counter()
-    def on_step_end(self, *args, **kwargs):
-        Clock.seconds.append(time.perf_counter() - Clock.start)
-
-def text(ids):
-    return " ".join(f"w{i}" for i in ids)
-
+"""
+    + CLOCK
+    + """
 rows = [dict(prompt=text(p), chosen=text(c), rejected=text(r)) for p, c, r in given["pairs"]]
 json.dump(rows, open("pairs.json", "w"))
 columns = dict(prompt="prompt", chosen="chosen", rejected="rejected")
@@ -103,6 +104,7 @@ run_exp(dict(model_name_or_path=given["model"], stage="dpo", do_train=True, temp
              flash_attn="sdpa", preprocessing_num_workers=1, pref_beta=0.1, **kind), callbacks=[Clock()])
 print(json.dumps(Clock.seconds))
 """
+)
 
 
 def ours(kind: str, config: str, pairs: Pairs, starts: list[int]) -> list[float]:
