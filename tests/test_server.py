@@ -33,6 +33,7 @@ import serve
 from arguments import parse_args
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
+from serving import http_server
 from serving.access import Access, is_same_origin
 from serving.engine import TokenOutput
 from serving.metrics import Histogram, token_bounds
@@ -380,16 +381,15 @@ def test_the_fewest_tokens_are_no_more_than_there_are(text):
     assert tokenizer.fewest_tokens("x" * 100_000) > 1000
 
 
-def test_health_is_quick_while_a_large_reply_is_written(start):  # noqa: F811
-    """n=128, 20 logprobs: its reply has 10 MB."""
+def test_health_is_answered_while_a_large_reply_is_written(start, monkeypatch):  # noqa: F811
+    """n=128, 20 logprobs: its reply has 10 MB. No clock: /health is counted between the first and the last piece."""
     mine = start(FakeEngine(delay=0.0, max_model_len=300), write_timeout=60.0)
-    engine, stop, slowest = mine.engine, threading.Event(), [0.0]
+    engine, stop, answered, during = mine.engine, threading.Event(), [0], []
 
     def ask_health():
         while not stop.is_set():
-            begin = time.monotonic()
             assert mine.ask("GET", "/health")[0] == 200
-            slowest[0] = max(slowest[0], time.monotonic() - begin)
+            answered[0] += 1
 
     def step(job, top=[(i, -1.0) for i in range(20)]):  # noqa: B006
         params, tell = job.request.params, job.tell
@@ -399,7 +399,15 @@ def test_health_is_quick_while_a_large_reply_is_written(start):  # noqa: F811
                 tell(output)
         engine.live.pop(job.request.request_id, None)
 
+    json_pieces = http_server.json_pieces
+
+    def counted_pieces(*value):
+        before = answered[0]
+        yield from json_pieces(*value)
+        during.append(answered[0] - before)
+
     engine._step = step
+    monkeypatch.setattr(http_server, "json_pieces", counted_pieces)
     thread = threading.Thread(target=ask_health)
     thread.start()
     body = {"messages": [{"role": "user", "content": "x"}], "n": 128, "logprobs": True, "top_logprobs": 20}
@@ -409,8 +417,7 @@ def test_health_is_quick_while_a_large_reply_is_written(start):  # noqa: F811
     stop.set()
     thread.join()
     assert len(json.loads(text)["choices"]) == 128 and len(text) > 5_000_000
-    print(f"/health took {slowest[0]:.3f} s at most")
-    assert slowest[0] < 1.0
+    assert max(during) >= 3  # of the reply as a whole; the function calls itself for its parts
 
 
 # ============================================================================================ with the model
