@@ -2,8 +2,8 @@
 //
 // A word is 32 bits of the inner dimension: a pair (k, k+1) of bfloat16, or a quad (k … k+3) of int8, lowest bits
 // first. A: word [m * a_stride + w], each row zero-padded to a multiple of 16 words. B: word [w * 64 + n], columns
-// zero-padded to 64. Eight tiles: 2 x 2 of C, 16 x 16 each, two of A, two of B, so that four loads feed four products.
-// Sums in order of k.
+// zero-padded to 64. Eight tiles: 2 x 2 of C, 16 x 16 each, two of A, two of B, so that four loads feed four products;
+// for up to 16 rows 1 x 4 of C, one of A, three of B, so that B is read in order. Sums in order of k.
 //
 // The order of stores and tile loads is ours to keep: GCC 12 believes that _tile_loadconfig reads 8 bytes and
 // _tile_loadd none.
@@ -61,25 +61,38 @@ struct AmxShape {
   }
 };
 
-static inline void amx_configure(const AmxShape& shape) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};  // of a tile's row
-    uint8_t rows[16] = {};
-  } tiles;
-  const auto set = [&](int tile, long rows, long columns) {
-    if (rows && columns) tiles.rows[tile] = (uint8_t)rows, tiles.bytes[tile] = (uint16_t)(4 * columns);
-  };
-  for (int i = 0; i < 2; i++) {
-    for (int j = 0; j < 2; j++) set(2 * i + j, shape.rows[i], shape.columns[j]);
-    set(4 + i, shape.rows[i], 16);
-    set(6 + i, 16, shape.columns[i]);
+struct alignas(64) AmxConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};  // of a tile's row
+  uint8_t rows[16] = {};
+  void set(int tile, long of_rows, long columns) {
+    if (of_rows && columns) rows[tile] = (uint8_t)of_rows, bytes[tile] = (uint16_t)(4 * columns);
   }
-  asm volatile("" : : "r"(&tiles) : "memory");  // all that was stored so far is in memory
-  _tile_loadconfig(&tiles);
+  void load() const {
+    asm volatile("" : : "r"(this) : "memory");  // all that was stored so far is in memory
+    _tile_loadconfig(this);
+  }
+};
+
+static inline void amx_configure(const AmxShape& shape) {
+  AmxConfiguration tiles;
+  for (int i = 0; i < 2; i++) {
+    for (int j = 0; j < 2; j++) tiles.set(2 * i + j, shape.rows[i], shape.columns[j]);
+    tiles.set(4 + i, shape.rows[i], 16);
+    tiles.set(6 + i, 16, shape.columns[i]);
+  }
+  tiles.load();
+}
+// Tiles 0 … 3 are C, side by side, 4 is A, 5 … 7 B.
+static inline void amx_configure_flat(long rows) {
+  AmxConfiguration tiles;
+  for (int i = 0; i < 8; i++) tiles.set(i, i < 5 ? rows : 16, 16);
+  tiles.load();
 }
 
 enum class AmxWords { bf16, int8 };
+constexpr long AMX_DEPTH = 256;  // words of the inner dimension at a time: half a panel is 32 KB
+constexpr long AMX_AHEAD = 16;   // words of the inner dimension between what few rows read and what they ask for
 
 #define AMX_DOT(c, a, b)                     \
   {                                          \
@@ -125,6 +138,39 @@ static inline void amx_block(long words, const uint32_t* A, long a_stride, const
   if constexpr (TALL) _tile_stored(2, C + 16 * ldc, 4 * ldc);
   if constexpr (TALL && BROAD) _tile_stored(3, C + 16 * ldc + 16, 4 * ldc);
 }
+// Up to 16 x 64 of C. Few rows are bound by reading B: each step reads 4 KB in order, and asks for what comes later.
+template <AmxWords WORDS>
+static inline void amx_flat(long words, const uint32_t* A, const uint32_t* B, const uint32_t* last, uint32_t* C,
+                            long a_stride, long ldc, bool add) {
+  if (add) {
+    _tile_loadd(0, C, 4 * ldc);
+    _tile_loadd(1, C + 16, 4 * ldc);
+    _tile_loadd(2, C + 32, 4 * ldc);
+    _tile_loadd(3, C + 48, 4 * ldc);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (long w = 0; w < words; w += 16) {
+    const uint32_t* b = w + 16 <= words ? B + w * 64 : last;
+    for (long line = 0; line < 64; line++) __builtin_prefetch(b + AMX_AHEAD * 64 + 16 * line);
+    _tile_loadd(4, A + w, 4 * a_stride);
+    _tile_loadd(5, b, 256);
+    AMX_DOT(0, 4, 5)
+    _tile_loadd(6, b + 16, 256);
+    AMX_DOT(1, 4, 6)
+    _tile_loadd(7, b + 32, 256);
+    AMX_DOT(2, 4, 7)
+    _tile_loadd(5, b + 48, 256);
+    AMX_DOT(3, 4, 5)
+  }
+  _tile_stored(0, C, 4 * ldc);
+  _tile_stored(1, C + 16, 4 * ldc);
+  _tile_stored(2, C + 32, 4 * ldc);
+  _tile_stored(3, C + 48, 4 * ldc);
+}
 #undef AMX_DOT
 
 template <AmxWords WORDS>
@@ -133,17 +179,24 @@ static inline void amx_tiles(long M, long words, const uint32_t* A, long a_strid
   if (M < 1 || N < 1) return;
   alignas(64) uint32_t last[16 * 64] = {};
   std::copy(B + words / 16 * 16 * 64, B + words * 64, last);
+  if (M <= 16 && N == 64) {
+    amx_configure_flat(M);
+    amx_flat<WORDS>(words, A, B, last, C, a_stride, ldc, add);
+    return _tile_release();
+  }
   AmxShape now = {};
-  for (long n = 0; n < N; n += 32)  // B's half panel stays in the first cache while A's rows pass
-    for (long m = 0; m < M; m += 32) {
-      const auto part = [](long left) { return std::min(16L, std::max(0L, left)); };
-      const AmxShape shape = {{part(M - m), part(M - m - 16)}, {part(N - n), part(N - n - 16)}};
-      if (shape != now) amx_configure(now = shape);
-      const auto block = shape.rows[1]
-                             ? (shape.columns[1] ? amx_block<WORDS, true, true> : amx_block<WORDS, true, false>)
-                             : (shape.columns[1] ? amx_block<WORDS, false, true> : amx_block<WORDS, false, false>);
-      block(words, A + m * a_stride, a_stride, B + n, last + n, C + m * ldc + n, ldc, add);
-    }
+  for (long w = 0; w < words; w += AMX_DEPTH)
+    for (long n = 0; n < N; n += 32)  // this part of B's half panel stays in the first cache while A's rows pass
+      for (long m = 0; m < M; m += 32) {
+        const auto part = [](long left) { return std::min(16L, std::max(0L, left)); };
+        const AmxShape shape = {{part(M - m), part(M - m - 16)}, {part(N - n), part(N - n - 16)}};
+        if (shape != now) amx_configure(now = shape);
+        const auto block = shape.rows[1]
+                               ? (shape.columns[1] ? amx_block<WORDS, true, true> : amx_block<WORDS, true, false>)
+                               : (shape.columns[1] ? amx_block<WORDS, false, true> : amx_block<WORDS, false, false>);
+        block(std::min(AMX_DEPTH, words - w), A + m * a_stride + w, a_stride, B + w * 64 + n, last + n, C + m * ldc + n,
+              ldc, add || w > 0);
+      }
   _tile_release();
 }
 

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -54,9 +55,9 @@ auto panels_of(const Matrix& b, const Matrix& more) {
 
 // C = A B (+ bias) (+ residual)
 void matmul(const Matrix& a, const Matrix& b, const float* bias, const float* residual, float* C) {
-  const long count = inner_words(a.cols), N = b.cols;
-  const Words packed = words(up(a.rows, 16) * count);
-  product(pack_all(a, packed.get(), count), N, count, panels_of(b), C, N, false,
+  const long count = inner_words(a.cols), N = b.cols, stride = row_stride(count);
+  const Words packed = words(up(a.rows, 16) * stride);
+  product(pack_all(a, packed.get(), stride), N, count, panels_of(b), C, N, false,
           [=](long m0, long m1, long n0, long n1) {
             if (bias || residual)
               for (long m = m0; m < m1; m++)
@@ -74,15 +75,15 @@ void scale_block(float* C, long ldc, float by, long m0, long m1, long n0, long n
 void lora(const Matrix& x, const Matrix* dropped, const Matrix& w, const Matrix& a, const Matrix& b, const float* bias,
           float scaling, float* t, float* y) {
   const long M = x.rows, N = w.cols, R = a.cols, of_x = inner_words(x.cols), of_t = inner_words(R),
-             stride = of_x + of_t;
+             stride = row_stride(of_x + of_t);
   const Words packed = words(up(M, 16) * stride);
   Words other;
   Rows rows = pack_all(x, packed.get(), stride), from = rows;
-  if (dropped) other = words(up(M, 16) * of_x), from = pack_all(*dropped, other.get(), of_x);
+  if (dropped) other = words(up(M, 16) * row_stride(of_x)), from = pack_all(*dropped, other.get(), row_stride(of_x));
   product(from, R, of_x, panels_of(a), t, R, false,
           [=](long m0, long m1, long n0, long n1) { scale_block(t, R, scaling, m0, m1, n0, n1); });
   pack_all(Matrix{t, M, R, R, false, false}, packed.get() + of_x, stride);
-  product(rows, N, stride, panels_of(w, b), y, N, false, [=](long m0, long m1, long n0, long n1) {
+  product(rows, N, of_x + of_t, panels_of(w, b), y, N, false, [=](long m0, long m1, long n0, long n1) {
     if (bias)
       for (long m = m0; m < m1; m++)
         for (long n = n0; n < n1; n++) y[m * N + n] += bias[n];
@@ -94,7 +95,7 @@ void lora(const Matrix& x, const Matrix* dropped, const Matrix& w, const Matrix&
 void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Matrix& w, const Matrix& a,
                    const Matrix& b, float scaling, float* dx, float* d_dropped, float* da, float* db) {
   const long M = dy.rows, N = dy.cols, K = w.rows, R = a.cols, of_y = inner_words(N), of_t = inner_words(R),
-             stride = of_y + of_t;
+             stride = row_stride(of_y + of_t);
   const Words packed = words(up(M, 16) * stride);
   const Rows rows = pack_all(dy, packed.get(), stride);
   std::vector<float> sums(M * R), da_t(R * K);
@@ -107,19 +108,20 @@ void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Mat
     product(rows, K, of_y, panels_of(w.transposed()), dx, K, false, nothing);
     product(rows_t, K, of_t, panels_of(a.transposed()), d_dropped, K, false, nothing);
   } else if (dx) {
-    product(rows, K, stride, panels_of(w.transposed(), a.transposed()), dx, K, false, nothing);
+    product(rows, K, of_y + of_t, panels_of(w.transposed(), a.transposed()), dx, K, false, nothing);
   }
   const long of_m = inner_words(M);
-  const Words few = words(up(R, 16) * of_m);
-  product(pack_all(dt_t, few.get(), of_m), K, of_m, panels_of(x), da_t.data(), K, false, nothing);
+  const Words few = words(up(R, 16) * row_stride(of_m));
+  product(pack_all(dt_t, few.get(), row_stride(of_m)), K, of_m, panels_of(x), da_t.data(), K, false, nothing);
   for (long k = 0; k < K; k++)
     for (long r = 0; r < R; r++) da[k * R + r] = da_t[r * K + k];
-  product(pack_all(t.transposed(), few.get(), of_m), N, of_m, panels_of(dy), db, N, false, nothing);
+  product(pack_all(t.transposed(), few.get(), row_stride(of_m)), N, of_m, panels_of(dy), db, N, false, nothing);
 }
 
 // ------------------------------------------------------------------------------------------- cross-entropy
 
 constexpr long WIDTH = 1024;  // columns of the vocabulary per block; 96 rows of float32 logits are 384 KB
+constexpr long HALF_ROW = WIDTH / 2 + 16;  // words of a row of the block in bfloat16; see row_stride()
 
 // Logits of all rows for columns [n0, n0 + width), a block of rows at a time: calls use(m, logits), zero-padded to a
 // multiple of 32. If softcap is not 0, logits are softcap * tanh(logit / softcap).
@@ -132,9 +134,8 @@ void logits_of(const Rows& hidden, const Matrix& weight, long n0, long width, lo
     static thread_local std::vector<float> room;
     room.resize(MC * WIDTH);
     const long m0 = block * MC, m1 = std::min(hidden.rows, m0 + MC);
-    for (long n = 0; n < width; n += GROUP * NR)
-      block_of(hidden, m0, m1, panels + n * count, count, std::min(GROUP * NR, width - n), room.data() + n, WIDTH,
-               false);
+    for (long k = 0, depth = depth_of(count); k < count; k += depth)
+      block_of(hidden, m0, m1, panels, count, k, std::min(count, k + depth), width, room.data(), WIDTH, k > 0);
     for (long m = m0; m < m1; m++) {
       float* logits = room.data() + (m - m0) * WIDTH;
       if (softcap)
@@ -201,20 +202,21 @@ float update_row(const RowStatistics& seen, long m, const float* logits, long n0
 void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* labels, float softcap,
                    const RowStatistics& seen, float* acc) {
   const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D);
-  const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(acc ? M * WIDTH / 2 : 1);
-  const Rows rows = pack_all(hidden, packed.get(), count);
+  const Words packed = words(up(M, 16) * row_stride(count)), panels = words(WIDTH * count),
+              halves = words(acc ? M * HALF_ROW : 1);
+  const Rows rows = pack_all(hidden, packed.get(), row_stride(count));
   std::fill(seen.most, seen.most + M, -std::numeric_limits<float>::infinity());
   std::fill(seen.sum, seen.sum + M, 0.0f), std::fill(seen.target, seen.target + M, 0.0f),
       std::fill(seen.best, seen.best + M, 0);
   for (long n0 = 0; n0 < V; n0 += WIDTH) {
     const long width = std::min(WIDTH, V - n0);
     logits_of(rows, weight, n0, width, count, softcap, panels.get(), [&](long m, const float* logits) {
-      uint16_t* half = acc ? (uint16_t*)halves.get() + m * WIDTH : nullptr;
+      uint16_t* half = acc ? (uint16_t*)(halves.get() + m * HALF_ROW) : nullptr;
       const float by = update_row(seen, m, logits, n0, width, labels[m], softcap, half);
       if (acc && n0 && by != 1.0f) scale_block(acc + m * D, 0, by, 0, 1, 0, D);
     });
     if (acc)
-      product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width),
+      product(Rows{halves.get(), M, HALF_ROW}, D, inner_words(width),
               panels_of(columns(weight, n0, n0 + width).transposed()), acc, D, n0 > 0, nothing);
   }
 }
@@ -224,22 +226,24 @@ void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* la
 void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const float* lse,
                             const float* d_loss, float softcap, float* d_hidden, float* d_weight) {
   const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D), of_m = inner_words(M);
-  const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(M * WIDTH / 2);
-  const Rows rows = pack_all(hidden, packed.get(), count);
+  const long of_row = row_stride(of_m);
+  const Words packed = words(up(M, 16) * row_stride(count)), panels = words(WIDTH * count),
+              halves = words(M * HALF_ROW);
+  const Rows rows = pack_all(hidden, packed.get(), row_stride(count));
   // weight (V, D): its gradient is G^T hidden; weight (D, V): hidden^T G.
   const bool trained = d_weight != nullptr;
   const Words transposed_rows = words(!trained              ? 1
-                                      : weight.column_major ? up(WIDTH, 16) * of_m
-                                                            : up(D, 16) * of_m),
+                                      : weight.column_major ? up(WIDTH, 16) * of_row
+                                                            : up(D, 16) * of_row),
               hidden_panels = words(trained && weight.column_major ? up(D, NR) * of_m : 1);
   Rows hidden_t{};
   if (trained && weight.column_major)
     parallel((D + NR - 1) / NR, [&](long p) { pack_panel(hidden, p * NR, hidden_panels.get() + p * NR * of_m); });
-  else if (trained) hidden_t = pack_all(hidden.transposed(), transposed_rows.get(), of_m);
+  else if (trained) hidden_t = pack_all(hidden.transposed(), transposed_rows.get(), of_row);
   for (long n0 = 0; n0 < V; n0 += WIDTH) {
     const long width = std::min(WIDTH, V - n0);
     logits_of(rows, weight, n0, width, count, softcap, panels.get(), [&](long m, const float* logits) {
-      uint16_t* half = (uint16_t*)halves.get() + m * WIDTH;
+      uint16_t* half = (uint16_t*)(halves.get() + m * HALF_ROW);
       for (long n = 0; n < up(width, 32); n += VL)
         store_half(half + n,
                    times_cap_slope(
@@ -248,11 +252,11 @@ void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const in
       if (const long n = labels[m] - n0; n >= 0 && n < width)
         half[n] = half_of(times_cap_slope((std::exp(logits[n] - lse[m]) - 1.0f) * d_loss[m], logits[n], softcap));
     });
-    product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width),
+    product(Rows{halves.get(), M, HALF_ROW}, D, inner_words(width),
             panels_of(columns(weight, n0, n0 + width).transposed()), d_hidden, D, n0 > 0, nothing);
-    const Matrix g{halves.get(), M, width, WIDTH, false, true};
+    const Matrix g{halves.get(), M, width, 2 * HALF_ROW, false, true};
     if (trained && weight.column_major)
-      multiply(pack_all(g.transposed(), transposed_rows.get(), of_m), D, of_m, hidden_panels.get(), d_weight + n0 * D,
+      multiply(pack_all(g.transposed(), transposed_rows.get(), of_row), D, of_m, hidden_panels.get(), d_weight + n0 * D,
                D, false, nothing);
     else if (trained) product(hidden_t, width, of_m, panels_of(g), d_weight + n0, V, false, nothing);
   }

@@ -25,14 +25,53 @@ struct Matrix {
   Matrix transposed() const { return {data, cols, rows, stride, !column_major, half}; }
 };
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
+// Memory of products, kept for the next one of about this size: fresh pages would cost as long as packing into them.
+struct Words {
+  uint32_t* at = nullptr;
+  size_t size = 0;
+  explicit Words(size_t n = 0) : size((n * 4 + 63) / 64 * 64) {
+    if (!size) return;
+    for (auto& [spare, of] : kept())
+      if (spare && of >= size && of / 2 <= size) {
+        std::swap(at, spare), size = of;
+        return;
+      }
+    at = (uint32_t*)std::aligned_alloc(64, size);
+  }
+  Words(Words&& other) { *this = std::move(other); }
+  Words& operator=(Words&& other) { return std::swap(at, other.at), std::swap(size, other.size), *this; }
+  ~Words() {
+    auto& [spare, of] = kept()[turn()++ % KEPT];
+    std::free(spare), spare = at, of = size;
+  }
+  uint32_t* get() const { return at; }
+
+ private:
+  static constexpr int KEPT = 4;
+  struct Spare {
+    uint32_t* at = nullptr;
+    size_t size = 0;
+  };
+  struct Spares : std::array<Spare, KEPT> {
+    ~Spares() {
+      for (Spare& each : *this) std::free(each.at);
+    }
+  };
+  static Spares& kept() {
+    static thread_local Spares spares;
+    return spares;
+  }
+  static unsigned& turn() {
+    static thread_local unsigned next = 0;
+    return next;
+  }
 };
-using Words = std::unique_ptr<uint32_t, Free>;
-static Words words(size_t n) { return Words((uint32_t*)std::aligned_alloc(64, (n * 4 + 63) / 64 * 64)); }
+static Words words(size_t n) { return Words(n); }
 
 static long up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 static long inner_words(long K) { return up(K, 32) / 2; }  // words of a row, whole cache lines
+// From one row to the next: an odd number of cache lines, so that 16 rows do not share a set of the first-level cache.
+static long row_stride(long words) { return words | 16; }
 static INLINE __mmask16 first(long n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1; }
 
 // ------------------------------------------------------------------------------------------------- packing
@@ -190,27 +229,42 @@ static Rows pack_all(const Matrix& x, uint32_t* out, long stride) {  // out: up(
   return {out, x.rows, stride};
 }
 
-static void block_of(const Rows& A, long m0, long m1, const uint32_t* panels, long count, long N, float* C, long ldc,
-                     bool add) {
-  const long blocks = (count + DEPTH - 1) / DEPTH, depth = up((count + blocks - 1) / blocks, 16);
-  for (long k = 0; k < count; k += depth)
-    for (long n = 0; n < N; n += NR)
-      tiles(m1 - m0, std::min(depth, count - k), A.at + m0 * A.stride + k, A.stride, panels + n * count + k * NR, C + n,
-            ldc, std::min(NR, N - n), add || k > 0);
+// C (m1 - m0, N) (+)= words [k0, k1) of the inner dimension.
+static void block_of(const Rows& A, long m0, long m1, const uint32_t* panels, long count, long k0, long k1, long N,
+                     float* C, long ldc, bool add) {
+  for (long n = 0; n < N; n += NR)
+    tiles(m1 - m0, k1 - k0, A.at + m0 * A.stride + k0, A.stride, panels + n * count + k0 * NR, C + n, ldc,
+          std::min(NR, N - n), add);
+}
+static long depth_of(long count) {
+  const long blocks = (count + DEPTH - 1) / DEPTH;
+  return up((count + blocks - 1) / blocks, 16);
 }
 
 // C (A.rows, N) (+)= A B for packed panels of `count` words. The thread that computed a block of C then calls
-// finish(m0, m1, n0, n1) for it.
+// finish(m0, m1, n0, n1) for it. Blocks that follow each other share their part of the panels, at most 1 MB, which stays
+// in the second-level cache; so does a block's sum, until it is written to C in long rows.
 template <class Finish>
 static void multiply(const Rows& A, long N, long count, const uint32_t* panels, float* C, long ldc, bool add,
                      Finish finish) {
-  const long groups = (N + GROUP * NR - 1) / (GROUP * NR);
-  parallel((A.rows + MC - 1) / MC * groups, [&](long task) {
-    const long m0 = task / groups * MC, m1 = std::min(A.rows, m0 + MC), n0 = task % groups * GROUP * NR,
-               n1 = std::min(N, n0 + GROUP * NR);
-    block_of(A, m0, m1, panels + n0 * count, count, n1 - n0, C + m0 * ldc + n0, ldc, add);
-    finish(m0, m1, n0, n1);
-  });
+  constexpr long WIDE = GROUP * NR + 16;  // not a power of two
+  const long groups = (N + GROUP * NR - 1) / (GROUP * NR), down = (A.rows + MC - 1) / MC, depth = depth_of(count);
+  for (long k = 0; k < count; k += depth)
+    parallel(down * groups, [&](long task) {
+      static thread_local Words room(MC * WIDE);
+      const long m0 = task % down * MC, m1 = std::min(A.rows, m0 + MC), n0 = task / down * GROUP * NR,
+                 n1 = std::min(N, n0 + GROUP * NR), k1 = std::min(count, k + depth);
+      float* block = (float*)room.get();
+      block_of(A, m0, m1, panels + n0 * count, count, k, k1, n1 - n0, block, WIDE, false);
+      for (long m = m0; m < m1; m++)
+        for (long n = n0; n < n1; n += 16) {
+          const __mmask16 keep = first(n1 - n);
+          float* to = C + m * ldc + n;
+          const __m512 sum = _mm512_load_ps(block + (m - m0) * WIDE + n - n0);
+          _mm512_mask_storeu_ps(to, keep, add || k > 0 ? _mm512_add_ps(sum, _mm512_maskz_loadu_ps(keep, to)) : sum);
+        }
+      if (k1 == count) finish(m0, m1, n0, n1);
+    });
 }
 // The same; pack(column, out) packs a panel of B.
 template <class Pack, class Finish>

@@ -102,12 +102,14 @@ static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n++) _mm512_storeu_si512(C + m * ldc + 16 * n, c[m][n]);
 }
-// ahead: how many words ahead in B the second tile fetches; the first one waits for its words. 0: none.
+// ahead: how many words ahead in B the second tile fetches, after the first has waited for its own; 0: none. Up to six
+// rows are bound by reading B and ask for 4 KB ahead.
 template <bool FLIP = false>
 static void quad_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc,
                        bool add, long ahead = 0) {
   for (long m = 0; m < M; m += 6, A += 6 * a_stride, C += 6 * ldc) {
-    const auto run = [&](auto tile) { tile(words, A, a_stride, B, C, ldc, add, m == 6 ? ahead : 0); };
+    const long fetch = !ahead ? 0 : M <= 6 ? 16 * 64 : m == 6 ? ahead : 0;
+    const auto run = [&](auto tile) { tile(words, A, a_stride, B, C, ldc, add, fetch); };
     if (M - m >= 6) run(quad_tile<6, FLIP>);
     else if (M - m == 5) run(quad_tile<5, FLIP>);
     else if (M - m == 4) run(quad_tile<4, FLIP>);

@@ -17,7 +17,7 @@ constexpr long HEIGHT = 96, MOST = 8;  // rows, and panels, of a task
 
 Buffer huge_buffer(size_t bytes) {
   constexpr size_t PAGE = 1 << 21;
-  const bool large = bytes >= 2 * PAGE;
+  const bool large = bytes >= PAGE / 2;
   const size_t unit = large ? PAGE : 64, size = (std::max<size_t>(bytes, 1) + unit - 1) / unit * unit;
   void* p = std::aligned_alloc(unit, size);
   if (!p) throw std::bad_alloc();
@@ -88,9 +88,10 @@ void multiply_panels(const Panels& w, const Inputs& x, const Sink& sink, int whi
   const long across = (panels + most - 1) / most;
   const auto task = [&](long t) {
     static thread_local Room room;
-    const long m0 = t / across * HEIGHT, m1 = std::min(x.rows, m0 + HEIGHT), first = t % across * most,
-               last = std::min(panels, first + most), ldc = 64 * (last - first);
-    float* c = room.get<float>(HEIGHT * MOST * 64);
+    // Tasks that follow each other share their panels, which then stay in the second-level cache.
+    const long m0 = t % down * HEIGHT, m1 = std::min(x.rows, m0 + HEIGHT), first = t / down * most,
+               last = std::min(panels, first + most), ldc = 64 * (last - first) + 16;  // not a power of two
+    float* c = room.get<float>(HEIGHT * (MOST * 64 + 16));
     for (long p = first; p < last; p++) {
       float* to = c + 64 * (p - first);
       if (w.storage == BFLOAT16) sums_bfloat16(w, x, m0, m1, p, to, ldc);

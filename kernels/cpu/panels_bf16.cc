@@ -33,7 +33,7 @@ void pack_bfloat16(const Source& from, Panels& w) {
 
 Inputs prepare_bfloat16(const Panels& w, const float* x, long rows, InputRoom& room) {
   const Matrix of_x{x, rows, w.in, w.in, false, false};
-  const long stride = inner_words(w.in);
+  const long stride = row_stride(inner_words(w.in));
   uint32_t* to = room.words.get<uint32_t>(up(rows, 16) * stride);
   if (rows <= 16) pack_rows(of_x, 0, rows, to, stride);
   else pack_all(of_x, to, stride);
@@ -45,16 +45,13 @@ Inputs prepare_bfloat16(const Panels& w, const float* x, long rows, InputRoom& r
 void sums_bfloat16(const Panels& w, const Inputs& x, long m0, long m1, long panel, float* c, long ldc) {
   const long count = inner_words(w.in), rows = m1 - m0;
   const uint32_t *a = x.words + m0 * x.stride, *b = (const uint32_t*)w.data.get() + panel * count * NR;
-  if (rows >= 8 && amx_bf16_ready()) {
-    for (long k = 0; k < count; k += DEPTH)
-      amx_bf16_tiles(rows, std::min(DEPTH, count - k), a + k, x.stride, b + k * NR, c, ldc, NR, k > 0);
-    return;
-  }
+  if (rows >= 8 && amx_bf16_ready()) return amx_bf16_tiles(rows, count, a, x.stride, b, c, ldc, NR, false);
   const long depth = rows > MR ? 64 : count;  // 64 words of a panel (16 KB) stay in the first-level cache
   for (long k = 0; k < count; k += depth) {
     const long part = std::min(depth, count - k);
     for (long m = 0; m < rows; m += MR) {
-      const long ahead = m == MR ? depth * NR : 0;  // the second tile fetches the next part; the first waits for this
+      // Few rows are bound by reading B and ask for 4 KB ahead; else the second tile fetches the next part.
+      const long ahead = rows <= MR ? 16 * NR : m == MR ? depth * NR : 0;
       const auto run = [&](auto tile) {
         tile(part, a + m * x.stride + k, x.stride, b + k * NR, c + m * ldc, ldc, NR, k > 0, ahead);
       };

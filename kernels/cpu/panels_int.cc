@@ -11,7 +11,7 @@
 namespace {
 long quads(long rows) { return (rows + 3) / 4; }
 long words_of(const Panels& w) { return w.storage == INT4 ? (w.in + 7) / 8 : quads(w.in); }  // of a column
-long row_words(const Panels& w) { return ((w.in + 7) / 8 * 2 + 15) / 16 * 16; }              // of x
+long row_words(const Panels& w) { return ((w.in + 7) / 8 * 2 + 15) / 16 * 16 | 16; }         // of x, see row_stride()
 
 // Eight rows of codes a word -> two rows of quads: `pairs` rows of 64 words.
 void unpack(const uint32_t* from, long pairs, uint32_t* to) {

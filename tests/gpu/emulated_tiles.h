@@ -52,7 +52,7 @@ static inline bool emulated_ok(bool right, const char* what) {
 static inline bool emulated_reachable(const void* at, long bytes, bool to_write) {
   const uint8_t *from = (const uint8_t*)at, *to = from + bytes;
   const uint8_t* here = (const uint8_t*)__builtin_frame_address(0);
-  if (from > here && to < here + 65536) return true;  // what the kernel keeps on its stack
+  if (from > here - 65536 && to < here + 65536) return true;  // what the kernel keeps on its stack
   for (const auto& r : emulated_regions())
     if (from >= r.from && to <= r.to && (r.writable || !to_write)) return true;
   return emulated_regions().empty();
