@@ -29,17 +29,10 @@ void paged_attend(const Paged& a, CacheType type, int which) {
   else PICK(which, attend_float)(a);
 }
 
-static uint16_t to_bfloat16(float x) {  // to the nearest, half to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return (uint16_t)(bits >> 16 | 64);
-  return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
 void write_slot(const float* x, long K, long Dh, long slot, void* cache, float* scales, CacheType type, int which) {
   const long at = slot * K * Dh;
   if (type == CACHE_FLOAT) std::memcpy((float*)cache + at, x, K * Dh * sizeof(float));
-  if (type == CACHE_BFLOAT16)
-    for (long i = 0; i < K * Dh; i++) ((uint16_t*)cache)[at + i] = to_bfloat16(x[i]);
+  if (type == CACHE_BFLOAT16) PICK(which, round_to_bfloat16)(x, K * Dh, (uint16_t*)cache + at);
   if (type == CACHE_INT8)
     for (long h = 0; h < K; h++)
       PICK(which, round_head)(x + h * Dh, Dh, (int8_t*)cache + at + h * Dh, scales + slot * K + h);

@@ -41,6 +41,21 @@ static INLINE vf widen_at(const T* p, long d, long Dh) {
 
 static INLINE long padded(long Dh) { return (Dh + VL - 1) / VL * VL; }
 
+static INLINE void transpose(vf (&x)[VL]) {
+#pragma GCC unroll 4
+  for (int s = 1; s < VL; s *= 2) {  // swap the blocks of s x s beside the diagonal
+    vi low, high;
+#pragma GCC unroll 16
+    for (int j = 0; j < VL; j++) low[j] = j & s ? VL + j - s : j, high[j] = j & s ? VL + j : j + s;
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++)
+      if (!(i & s)) {
+        const vf a = x[i], b = x[i + s];
+        x[i] = __builtin_shuffle(a, b, low), x[i + s] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
 // Lane i of the result is the sum of part[i]: adjacent lanes are added, log2(VL) times.
 static INLINE vf sums_of(vf (&part)[VL]) {
   vi even, odd;
@@ -194,11 +209,15 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
         *most = p + KEYS * ROWS, *sum = most + ROWS, *shrink = sum + ROWS, *slope = shrink + ROWS;
   int last[ROWS];  // the last key that a row sees
   for (long r = 0; r < ROWS; r++) last[r] = offset + (r0 + std::min(r, rows - 1)) / G, most[r] = -INFINITY;
-  for (long r = 0; r < rows; r++) {
-    slope[r] = a.slopes ? a.slopes[kv * G + (r0 + r) % G] : 0.0f;
-    const float* x = a.q + ((a.first[s] + (r0 + r) / G) * a.H + kv * G + (r0 + r) % G) * Dh;
-    for (long d = 0; d < Dh; d++) qt[d * ROWS + r] = x[d] * a.scale;
-  }
+  for (long r = 0; r < rows; r++) slope[r] = a.slopes ? a.slopes[kv * G + (r0 + r) % G] : 0.0f;
+  const auto place = [&](long r) { return ((a.first[s] + (r0 + r) / G) * a.H + kv * G + (r0 + r) % G) * Dh; };
+  for (long r = 0; r < N; r += VL)
+    for (long d = 0; d < Dh; d += VL) {
+      vf x[VL];
+      for (long i = 0; i < VL; i++) x[i] = r + i < rows ? widen_at(a.q + place(r + i), d, Dh) * a.scale : vf{};
+      transpose(x);
+      for (long i = 0; i < std::min((long)VL, Dh - d); i++) store(qt + (d + i) * ROWS + r, x[i]);
+    }
   for (long j0 = a.seen_from(s, r0 / G); j0 <= last[rows - 1]; j0 += KEYS) {
     const long width = std::min(KEYS, last[rows - 1] + 1 - j0);
     for (long j = 0; j < width; j++) {
@@ -245,7 +264,7 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
     small_gemm(rows, Dp, width, p, 1, ROWS, v, Dp, o, Dp, true);
   }
   for (long r = 0; r < rows; r++) {
-    float* to = a.out + ((a.first[s] + (r0 + r) / G) * a.H + kv * G + (r0 + r) % G) * Dh;
+    float* to = a.out + place(r);
     const float inverse = 1.0f / sum[r];
     for (long d = 0; d < Dh; d++) to[d] = o[r * Dp + d] * inverse;
   }
@@ -323,6 +342,14 @@ static void attend(const Paged& a) {
 static void attend_float(const Paged& a) { attend<float>(a); }
 static void attend_bfloat16(const Paged& a) { attend<uint16_t>(a); }
 static void attend_int8(const Paged& a) { attend<int8_t>(a); }
+
+static void round_to_bfloat16(const float* x, long n, uint16_t* out) {  // half to even; NaN stays NaN
+  for (long i = 0; i < n; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    out[i] = (uint16_t)(x[i] != x[i] ? bits >> 16 | 64 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+}
 
 // One head of one token, rounded to int8 with its scale: max |x| / 127.
 static void round_head(const float* x, long Dh, int8_t* out, float* scale) {

@@ -19,28 +19,41 @@ static INLINE vf activate(vf x, Activation kind) {
 }
 
 // Sums c of rows [m0, m1) and panels [first, last) to where they belong.
-static void finish(const Panels& w, const Sink& sink, long m0, long m1, long first, long last, const float* c,
-                   long ldc) {
+template <SinkKind KIND>
+static void finish_as(const Panels& w, const Sink& sink, long m0, long m1, long first, long last, const float* c,
+                      long ldc) {
   const float *scales = w.scales.empty() || w.groups() > 1 ? nullptr : w.scales.data(),
               *bias = w.bias.empty() ? nullptr : w.bias.data();
-  const auto value = [&](long m, long n) __attribute__((always_inline)) {  // n: column of W
-    vf x = load(c + (m - m0) * ldc + n - 64 * first);
-    if (scales) x *= load(scales + n);
-    if (sink.extra) x += load(sink.extra + m * 64 * w.panels() + n);
-    return bias ? x + load(bias + n) : x;
-  };
-  const long step = sink.kind == GATE ? 2 : 1;
-  for (long m = m0; m < m1; m++)
+  const long step = KIND == GATE ? 2 : 1;
+  for (long m = m0; m < m1; m++) {
+    const float *sums = c + (m - m0) * ldc - 64 * first, *extra = sink.extra + m * 64 * w.panels();
+    const auto value = [&](long n) __attribute__((always_inline)) {  // n: column of W
+      vf x = load(sums + n);
+      if (scales) x *= load(scales + n);
+      if (sink.extra) x += load(extra + n);
+      return bias ? x + load(bias + n) : x;
+    };
     for (long p = first; p < last; p += step) {
       const long from = 64 * (p / step);  // column of y
       float* y = sink.y + m * sink.width + from;
-      for (long n = 0; n < 64 && from + n < sink.width; n += VL) {
-        const long left = std::min<long>(VL, sink.width - from - n);
-        vf x = value(m, 64 * p + n);
-        if (sink.kind == GATE) x = activate(x, sink.activation) * value(m, 64 * (p + 1) + n);
-        if (sink.kind == ACTIVATE) x = activate(x, sink.activation);
-        if (sink.kind == ADD) x = get(y + n, left) + x;
+      const auto one = [&](long n, long left) __attribute__((always_inline)) {
+        vf x = value(64 * p + n);
+        if (KIND == GATE) x = activate(x, sink.activation) * value(64 * (p + 1) + n);
+        if (KIND == ACTIVATE) x = activate(x, sink.activation);
+        if (KIND == ADD) x = get(y + n, left) + x;
         put(y + n, x, left);
-      }
+      };
+      if (from + 64 <= sink.width)
+        for (long n = 0; n < 64; n += VL) one(n, VL);
+      else
+        for (long n = 0; from + n < sink.width; n += VL) one(n, std::min<long>(VL, sink.width - from - n));
     }
+  }
+}
+static void finish(const Panels& w, const Sink& sink, long m0, long m1, long first, long last, const float* c,
+                   long ldc) {
+  const auto as = sink.kind == STORE ? finish_as<STORE> : sink.kind == ADD ? finish_as<ADD>
+                                                       : sink.kind == GATE ? finish_as<GATE>
+                                                                           : finish_as<ACTIVATE>;
+  as(w, sink, m0, m1, first, last, c, ldc);
 }

@@ -80,6 +80,29 @@ void four_bit_panel(const Panels& w, const Inputs& x, long row, long panel, floa
     for (int n = 0; n < 4; n++) _mm512_storeu_ps(c + m * ldc + 16 * n, total[m][n]);
 }
 
+// c (rows, 32) (+)= (sums - zero sum of x) scale of x [scale of W], as four_bit_panel rounds it; scales may be null.
+template <bool ZEROS>
+void scale_block(const int32_t* sums, long rows, long zero, const int* x_sums, const float* x_scales, long blocks,
+                 const float* scales, const float* zeros, float* c, long ldc, bool add) {
+  __m512 by[2], off[2];
+  for (int n = 0; n < 2; n++) {
+    by[n] = scales ? _mm512_loadu_ps(scales + 16 * n) : _mm512_set1_ps(1.0f);
+    off[n] = ZEROS ? _mm512_loadu_ps(zeros + 16 * n) : _mm512_setzero_ps();
+  }
+  for (long m = 0; m < rows; m++, sums += 32, c += ldc) {
+    const int sum = x_sums[m * blocks];
+    const __m512i less = _mm512_set1_epi32((int)zero * sum);
+    const __m512 scale = _mm512_set1_ps(x_scales[m * blocks]);
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; n++) {
+      __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + 16 * n), less));
+      if (ZEROS) y = _mm512_sub_ps(y, _mm512_mul_ps(off[n], _mm512_set1_ps((float)sum)));
+      const __m512 before = add ? _mm512_loadu_ps(c + 16 * n) : _mm512_setzero_ps();
+      _mm512_storeu_ps(c + 16 * n, _mm512_fmadd_ps(_mm512_mul_ps(y, by[n]), scale, before));
+    }
+  }
+}
+
 // c (+)= (sums - zero sum of x) scale of x [scale of W], 64 columns; zeros and scales may be null.
 void scale_row(const int32_t* sums, int less, float x_sum, float x_scale, const float* scales, const float* zeros,
                float* c, bool add) {
@@ -92,6 +115,70 @@ void scale_row(const int32_t* sums, int less, float x_sum, float x_scale, const 
     _mm512_storeu_ps(c + n, _mm512_fmadd_ps(y, _mm512_set1_ps(x_scale), before));  // as four_bit_panel rounds it
   }
 }
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-int8")
+// The sums of blocks of x and W, on tiles. The products of 32 x 32 of C run while the sums before them are scaled.
+void sums_on_tiles(const Panels& w, const Inputs& x, long m0, long m1, long panel, float* c, long ldc) {
+  alignas(64) uint32_t padded[32 * 64];  // a block has at most 32 quads
+  alignas(64) int32_t sums[2][32 * 32];
+  const long blocks = w.blocks(), rows = m1 - m0;
+  const uint32_t* of_panel = (const uint32_t*)w.data.get() + panel * words_of(w) * 64;
+  const auto scale = w.zeros.empty() ? scale_block<false> : scale_block<true>;
+  struct {
+    long block, m, n;
+    const int32_t* sums = nullptr;
+  } last;
+  const auto scale_last = [&] {
+    if (!last.sums) return;
+    const long i = (m0 + last.m) * blocks + last.block, at = w.at(panel, last.block * w.block / w.group) + last.n;
+    scale(last.sums, std::min(32L, rows - last.m), w.zero, x.sums + i, x.scales + i, blocks,
+          w.groups() > 1 ? &w.scales[at] : nullptr, w.zeros.empty() ? nullptr : &w.zeros[at],
+          c + last.m * ldc + last.n, ldc, last.block > 0);
+  };
+  amx_configure({{16, 16}, {16, 16}});  // rows of x are padded to 16
+  for (long b = 0, turn = 0; b < blocks; b++) {
+    const long from = b * w.block / 4, count = quads(std::min(w.block, w.in - b * w.block)), full = (count + 15) & ~15;
+    const uint32_t* B = of_panel + from * 64;
+    if (w.storage == INT4) unpack(of_panel + from / 2 * 64, (count + 1) / 2, padded);
+    else if (count < full) std::copy_n(B, count * 64, padded);
+    if (w.storage == INT4 || count < full) std::fill(padded + (count + 1) / 2 * 2 * 64, padded + full * 64, 0), B = padded;
+    asm volatile("" ::: "memory");  // before tiles are loaded
+    for (long n = 0; n < 64; n += 32)
+      for (long m = 0; m < rows; m += 32, turn ^= 1) {
+        const bool tall = rows - m > 16;
+        const uint32_t* A = x.words + (m0 + m) * x.stride + from;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (long q = 0; q < full; q += 16) {
+          if (m == 0 && B != padded)  // few rows are bound by reading B; unpack() has its own
+            for (long k = q + AMX_AHEAD; k < q + AMX_AHEAD + 16; k++)
+              __builtin_prefetch(B + k * 64 + n), __builtin_prefetch(B + k * 64 + n + 16);
+          _tile_loadd(4, A + q, 4 * x.stride);
+          _tile_loadd(6, B + q * 64 + n, 256);
+          _tile_dpbssd(0, 4, 6);
+          _tile_loadd(7, B + q * 64 + n + 16, 256);
+          _tile_dpbssd(1, 4, 7);
+          if (!tall) continue;
+          _tile_loadd(5, A + 16 * x.stride + q, 4 * x.stride);
+          _tile_dpbssd(2, 5, 6);
+          _tile_dpbssd(3, 5, 7);
+        }
+        scale_last();
+        last = {b, m, n, sums[turn]};
+        _tile_stored(0, sums[turn], 128);
+        _tile_stored(1, sums[turn] + 16, 128);
+        if (!tall) continue;
+        _tile_stored(2, sums[turn] + 16 * 32, 128);
+        _tile_stored(3, sums[turn] + 16 * 32 + 16, 128);
+      }
+  }
+  scale_last();
+  _tile_release();
+}
+#pragma GCC pop_options
 }  // namespace
 #pragma GCC pop_options
 
@@ -158,10 +245,11 @@ void sums_codes(const Panels& w, const Inputs& x, long m0, long m1, long panel, 
     return;
   }
   const bool tiles = rows >= 16 && amx_int8_ready(), is_signed = w.storage == INT8 && amx_int8_ready();
+  if (tiles && w.block <= 128) return sums_on_tiles(w, x, m0, m1, panel, c, ldc);
   const uint32_t* of_panel = (const uint32_t*)w.data.get() + panel * words_of(w) * 64;
   for (long b = 0; b < blocks; b++) {
     const long from = b * w.block / 4, to = quads(std::min(w.in, (b + 1) * w.block));
-    const long part = rows > 6 || w.storage == INT4 ? PART : to - from;
+    const long part = (rows > 6 && !tiles) || w.storage == INT4 ? PART : to - from;
     const uint32_t* A = x.words + m0 * x.stride;
     for (long q = from; q < to; q += part) {
       const long n = std::min(part, to - q);
