@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 
 import kernels
-from kernels.cpu import has_instructions
 from kernels.fused import FusedMultiTransformer, FusedShape, Routing, Weight, gate_and_up, storage_missing, trim_memory
 from kernels.rounding import round_to_nearest
 
@@ -381,6 +380,8 @@ class FusedRunner(PagedRunner):
     Without it the model may be trained, and its weights are packed again.
     """
 
+    is_row_invariant = True
+
     def __init__(
         self,
         model: CausalLM,
@@ -398,8 +399,6 @@ class FusedRunner(PagedRunner):
         options = {"int8_head": int8_head, "free_weights": free_weights, "linears": linears}
         self._pack = lambda: pack_model(model, block_size, dtype, cache, adapters=self.adapters, **options)
         self.weights_are_free = free_weights
-        with_amx = dtype == "bfloat16" and has_instructions("amx_bf16")
-        self.is_row_invariant, self.fills_up = not with_amx, with_amx and not self.num_virtual_tokens
         self.cos = self.sin = np.zeros((0, 0), np.float32)  # (positions, r/2): of positions seen so far
         self.pack()
 
@@ -426,9 +425,6 @@ class FusedRunner(PagedRunner):
         if self.fingerprint and any(tokens.count > 1 for tokens in scheduled):
             if self.fingerprint != self._fingerprint():
                 self.pack()  # the model was trained since
-        count = len(scheduled)
-        if self.fills_up and any(tokens.sequence.is_seeded for tokens in scheduled):
-            scheduled = self._filled_up(scheduled)
         order = slices = None
         if self.adapters:  # each adapter's tokens become one slice
             order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].sequence.adapter or "")
@@ -442,14 +438,7 @@ class FusedRunner(PagedRunner):
         rows = step.positions + c.position_offset if self.model.embed_positions is not None else None
         arrays = step.ids, step.slots, step.tables, step.query_lengths, step.context_lengths
         logits = self.packed.step(*arrays, rows=rows, cos=cos, sin=sin, q_scale=q_scale, slices=slices)
-        return (logits if order is None else logits[np.argsort(order)])[:count]
-
-    def _filled_up(self, scheduled):
-        """With the first token of a sequence, see PagedRunner, so that no product has the few rows that AMX leaves to
-        other instructions: fewer than 8, behind tasks of 96."""
-        few, rows = range(1, 8), sum(tokens.count for tokens in scheduled)
-        missing = next(n for n in range(17) if (rows + n) % 96 not in few and (len(scheduled) + n) % 96 not in few)
-        return scheduled + [ScheduledTokens(scheduled[0].sequence, 0, 1)] * missing
+        return logits if order is None else logits[np.argsort(order)]
 
     def _adapter_slices(self, scheduled):
         """(n, 5) int64, see FusedMultiTransformer.step()."""

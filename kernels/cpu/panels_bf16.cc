@@ -45,7 +45,7 @@ Inputs prepare_bfloat16(const Panels& w, const float* x, long rows, InputRoom& r
 void sums_bfloat16(const Panels& w, const Inputs& x, long m0, long m1, long panel, float* c, long ldc) {
   const long count = inner_words(w.in), rows = m1 - m0;
   const uint32_t *a = x.words + m0 * x.stride, *b = (const uint32_t*)w.data.get() + panel * count * NR;
-  if (rows >= 8 && amx_bf16_ready()) return amx_bf16_tiles(rows, count, a, x.stride, b, c, ldc, NR, false);
+  if (amx_bf16_ready()) return amx_bf16_tiles(rows, count, a, x.stride, b, c, ldc, NR, false);
   const long depth = rows > MR ? 64 : count;  // 64 words of a panel (16 KB) stay in the first-level cache
   for (long k = 0; k < count; k += depth) {
     const long part = std::min(depth, count - k);

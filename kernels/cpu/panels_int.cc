@@ -244,7 +244,7 @@ void sums_codes(const Panels& w, const Inputs& x, long m0, long m1, long panel, 
     if (rows % 2) four_bit_panel<1>(w, x, m1 - 1, panel, c + (rows - 1) * ldc, ldc);
     return;
   }
-  const bool tiles = rows >= 16 && amx_int8_ready(), is_signed = w.storage == INT8 && amx_int8_ready();
+  const bool tiles = rows >= 7 && amx_int8_ready(), is_signed = w.storage == INT8 && amx_int8_ready();
   if (tiles && w.block <= 128) return sums_on_tiles(w, x, m0, m1, panel, c, ldc);
   const uint32_t* of_panel = (const uint32_t*)w.data.get() + panel * words_of(w) * 64;
   for (long b = 0; b < blocks; b++) {
