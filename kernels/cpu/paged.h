@@ -211,6 +211,14 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
   for (long r = 0; r < ROWS; r++) last[r] = offset + (r0 + std::min(r, rows - 1)) / G, most[r] = -INFINITY;
   for (long r = 0; r < rows; r++) slope[r] = a.slopes ? a.slopes[kv * G + (r0 + r) % G] : 0.0f;
   const auto place = [&](long r) { return ((a.first[s] + (r0 + r) / G) * a.H + kv * G + (r0 + r) % G) * Dh; };
+  const auto fetch_keys = [&](long from) {  // rows lie far apart: the hardware does not foresee them
+    for (long j = from; j < std::min(from + KEYS, last[rows - 1] + 1L); j++) {
+      const long at = a.slot(s, j) * stride + kv * Dh;
+      for (long d = 0; d < Dh * (long)sizeof(T); d += 64)
+        __builtin_prefetch((const char*)((const T*)a.k + at) + d), __builtin_prefetch((const char*)((const T*)a.v + at) + d);
+    }
+  };
+  fetch_keys(a.seen_from(s, r0 / G));
   for (long r = 0; r < N; r += VL)
     for (long d = 0; d < Dh; d += VL) {
       vf x[VL];
@@ -228,6 +236,10 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
       for (long d = 0; d < Dh; d += VL)
         store(k + j * Dp + d, widen_at(kr, d, Dh) * ks), store(v + j * Dp + d, widen_at(vr, d, Dh) * vs);
     }
+    fetch_keys(j0 + KEYS);
+    if (j0 + KEYS > last[rows - 1])
+      for (long r = 0; r < rows; r++)
+        for (long d = 0; d < Dh; d += 16) __builtin_prefetch(a.out + place(r) + d, 1);
     small_gemm(width, N, Dh, k, Dp, 1, qt, ROWS, p, ROWS, false);
     bool scaled = false;
     for (long r = 0; r < N; r += VL) {

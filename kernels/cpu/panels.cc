@@ -17,7 +17,7 @@ constexpr long HEIGHT = 96, MOST = 8;  // rows, and panels, of a task
 
 Buffer huge_buffer(size_t bytes) {
   constexpr size_t PAGE = 1 << 21;
-  const bool large = bytes >= PAGE / 2;
+  const bool large = bytes >= 2 * PAGE;
   const size_t unit = large ? PAGE : 64, size = (std::max<size_t>(bytes, 1) + unit - 1) / unit * unit;
   void* p = std::aligned_alloc(unit, size);
   if (!p) throw std::bad_alloc();

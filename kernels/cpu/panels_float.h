@@ -41,6 +41,7 @@ static void finish_as(const Panels& w, const Sink& sink, long m0, long m1, long 
         if (KIND == GATE) x = activate(x, sink.activation) * value(64 * (p + 1) + n);
         if (KIND == ACTIVATE) x = activate(x, sink.activation);
         if (KIND == ADD) x = get(y + n, left) + x;
+        __builtin_prefetch(y + n + sink.width, 1);  // the next row
         put(y + n, x, left);
       };
       if (from + 64 <= sink.width)
