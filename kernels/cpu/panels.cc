@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <mutex>
 
 #include "panels.h"
 #include "threads.h"
@@ -25,6 +26,23 @@ Buffer huge_buffer(size_t bytes) {
   return Buffer((char*)p);
 }
 
+// Products of a few rows read all weights once, and would miss the translation of every small page.
+Buffer weight_buffer(size_t bytes) {
+  constexpr size_t CHUNK = 32 << 20;
+  static std::mutex mutex;
+  static std::weak_ptr<char> current;
+  static size_t used = 0;
+  bytes = (bytes + 63) / 64 * 64;
+  if (bytes > CHUNK / 2) return huge_buffer(bytes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<char> chunk = current.lock();
+  if (!chunk || used + bytes > CHUNK)
+    chunk = std::shared_ptr<char>(huge_buffer(CHUNK).release(), [](void* p) { std::free(p); }), current = chunk, used = 0;
+  char* at = chunk.get() + used;
+  used += bytes;
+  return Buffer(at, FreeMemory{chunk});
+}
+
 void use_huge_pages(void* memory, size_t bytes) {
   constexpr uintptr_t PAGE = 1 << 21;
   constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1: now, not when the kernel finds time
@@ -39,7 +57,7 @@ size_t Panels::bytes() const {
 }
 
 static void pack_float(const Source& from, Panels& w) {
-  w.data = huge_buffer(w.panels() * 64 * w.in * sizeof(float));
+  w.data = weight_buffer(w.panels() * 64 * w.in * sizeof(float));
   const float* x = (const float*)from.data;
   parallel(w.panels(), [&](long p) {
     float* to = (float*)w.data.get() + p * w.in * 64;

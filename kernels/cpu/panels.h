@@ -16,10 +16,14 @@
 #include <vector>
 
 struct FreeMemory {
-  void operator()(void* p) const { std::free(p); }
+  std::shared_ptr<char> chunk;  // that the memory is a part of, or null
+  void operator()(void* p) const {
+    if (!chunk) std::free(p);
+  }
 };
 using Buffer = std::unique_ptr<char, FreeMemory>;
-Buffer huge_buffer(size_t bytes);  // in huge pages where the system has them
+Buffer huge_buffer(size_t bytes);    // in huge pages where the system has them
+Buffer weight_buffer(size_t bytes);  // the same for what stays: weights share pages
 void use_huge_pages(void* memory, size_t bytes);  // for memory that others allocated
 
 enum Storage { FLOAT, BFLOAT16, INT8, INT4 };

@@ -26,7 +26,7 @@ long half_panel_words(long in) { return inner_words(in); }
 
 void pack_bfloat16(const Source& from, Panels& w) {
   const long count = inner_words(w.in);
-  w.data = huge_buffer(w.panels() * count * NR * sizeof(uint32_t));
+  w.data = weight_buffer(w.panels() * count * NR * sizeof(uint32_t));
   const Matrix x{from.data, w.in, w.out, from.transposed ? w.in : w.out, from.transposed, false};
   parallel(w.panels(), [&](long p) { pack_panel(x, p * NR, (uint32_t*)w.data.get() + p * count * NR); });
 }

@@ -189,7 +189,7 @@ void pack_codes(const Source& from, Panels& w) {
   w.zero = w.zeros.empty() ? (four ? 8 : is_signed ? 0 : 128) : 0;
   if (is_signed)
     for (float& zero : w.zeros) zero -= 128.0f;
-  w.data = huge_buffer(w.panels() * words * 64 * 4);
+  w.data = weight_buffer(w.panels() * words * 64 * 4);
   parallel(w.panels(), [&](long p) {
     uint32_t* to = (uint32_t*)w.data.get() + p * words * 64;
     for (long i = 0; i < words; i++)
