@@ -38,7 +38,7 @@ class Args(LoraArgs):
     max_src_len: int = 3072  # most tokens of a prompt, which loses its beginning
     max_dec_len: int = 512  # most tokens of a reply
     min_dec_len: int = 1  # fewest tokens of a reply
-    max_length: int | None = None  # most positions of a packed row; None: those of the longest prompt and a reply
+    max_length: int | None = None  # most positions of a packed row; None: see row_length()
     reward_funcs: str | list[str] | None = None  # FILE.py:FUNCTION, …; see docs/rl.md for the signature
     reward_weights: list[float] | None = None  # weight of each; None: 1
     reward_model_name_or_path: str | None = None  # folder of a reward model, whose score is one more reward
@@ -160,8 +160,14 @@ class Args(LoraArgs):
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
 
+    def row_length(self, longest: int) -> int:
+        """Most positions of a packed row, for prompts of up to `longest` tokens: max_length, else those of a group, up
+        to 2,048 unless a prompt and a reply need more."""
+        whole = longest + self.rollout_n * self.max_dec_len
+        return self.max_length or max(longest + self.max_dec_len, min(whole, 2048))
+
     def check_dry_run(self) -> list[str]:
-        self.max_length = self.max_length or self.max_src_len + self.max_dec_len
+        self.max_length = self.row_length(self.max_src_len)
         return super().check_dry_run()
 
     def _check_numbers(self):

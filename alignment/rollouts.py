@@ -468,7 +468,7 @@ class RolloutMaker:
         """engine: of make_engine(). critic: whose values are used; None: those of the policy's own head, if any."""
         self.args, self.model, self.dataset, self.functions, self.topology = args, model, dataset, functions, topology
         self.pad_token_id = tokenizer.pad_token_id
-        self.max_length = args.max_length or dataset.longest + args.max_dec_len
+        self.max_length = args.row_length(dataset.longest)
         if self.max_length < dataset.longest + args.max_dec_len - 1:
             needed = dataset.longest + args.max_dec_len
             raise UserError(f"max_length: {self.max_length}; the longest prompt and a reply need {needed}")

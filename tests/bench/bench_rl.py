@@ -1,11 +1,12 @@
 """One GRPO step: generate, reward, update. Ours, ours without the engine, or TRL's; one after the other, not at once.
 
     python tests/bench/bench_rl.py --config A                             # 4 prompts of 128 ids x 8 replies of 128 ids
+    python tests/bench/bench_rl.py --config A --dtype bf16                # products in bfloat16
     python tests/bench/bench_rl.py --config A --naive                     # model.generate() in place of the engine
     python tests/bench/bench_rl.py --config A --trl ~/.cache/llm-peers/hf/bin/python              # TRL's GRPOTrainer
 
 Models, shapes and threads are those of bench_train.py (random weights: the speed does not depend on them). All weights
-are trained in float32, one update a rollout, no KL, no end token, so that every reply has --new ids. TRL generates with
+are trained in float32, with --dtype bf16 beside products in bfloat16 (TRL: bf16 autocast), one update a rollout, no KL, no end token, so that every reply has --new ids. TRL generates with
 transformers, as it does on a CPU. One step warms up, --reps are measured. The last line is one JSON object with the
 same keys in all three: `seconds` of a step, `generate` of them in generation, and the process's peak memory.
 """
@@ -75,7 +76,7 @@ class Timed(GRPOTrainer):
         finally: times.append(time.perf_counter() - start)
 
 N = given["rows"]
-args = GRPOConfig(output_dir="/tmp/trl_grpo", use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+args = GRPOConfig(output_dir="/tmp/trl_grpo", use_cpu=True, bf16=given["bf16"], report_to=[], gradient_checkpointing=False,
     per_device_train_batch_size=N, num_generations=given["replies"], max_completion_length=given["new"], beta=0.0,
     max_steps=given["reps"] + 1, learning_rate=1e-6, save_strategy="no", disable_tqdm=True, logging_steps=10**6,
     generation_kwargs={"min_new_tokens": given["new"]}, temperature=1.0, shuffle_dataset=False)
@@ -132,12 +133,13 @@ def naive_groups(maker):
 
 def ours(options):
     """{"seconds", "generate": of each step after a warm-up, "peak_rss_mb"}"""
-    kernels.configure("cpu", "auto", False)
+    kernels.configure("cpu", "auto", options.dtype == "bf16")
     paddle.base.core.set_num_threads(THREADS)
     model, _ = bench_train.load_model(options.config)
     values = dict(model_name_or_path="-", train_datasets="-", reward_funcs="-", output_dir="-", do_train=True)
     args = rl.Args(**values, global_batch_size=PROMPTS, rollout_n=REPLIES, max_dec_len=options.new, kl_loss_coeff=0.0)
     args.learning_rate, args.per_device_train_batch_size = 1e-6, 1
+    args.bf16, args.rollout_dtype = options.dtype == "bf16", options.rollout_dtype
     args.check()
     tokenizer = mock.Mock(
         pad_token_id=0, stop_ids=[], stream_decoder=lambda *_: mock.Mock(push=lambda i: "", flush=str)
@@ -179,7 +181,7 @@ def trl(options):
     config = {**bench_train.COMMON, **bench_train.SHAPES[options.config]}
     config = {key: value for key, value in config.items() if key != "model_type"}
     given = {"config": config, "prompts": prompts, "rows": PROMPTS * REPLIES, "replies": REPLIES}
-    given |= {"new": options.new, "reps": options.reps, "threads": THREADS}
+    given |= {"bf16": options.dtype == "bf16", "new": options.new, "reps": options.reps, "threads": THREADS}
     env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "CUDA_VISIBLE_DEVICES": ""}
     command = [os.path.expanduser(options.trl), "-c", TRL, json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tempfile.gettempdir())
@@ -193,6 +195,8 @@ def main(argv=None):
     parser.add_argument("--config", default="A", choices=list(bench_train.SHAPES))
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--rollout_dtype", help="rl.py's key: of the weights that the engine packs")
     parser.add_argument("--reps", type=int, default=1, help="measured steps, after one that warms up")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--naive", action="store_true", help="generate by model.generate(), as one batch")
@@ -200,7 +204,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     found = trl(options) if options.trl else ours(options)
     peer = "trl" if options.trl else "naive" if options.naive else "ours"
-    result = {"peer": peer, "task": "grpo", "config": options.config, "prompt": options.prompt, "new": options.new}
+    result = {"peer": peer, "task": "grpo", "config": options.config, "dtype": options.dtype}
+    result |= {"rollout_dtype": options.rollout_dtype, "prompt": options.prompt, "new": options.new}
     result |= {"threads": THREADS, **found, "seconds": bench_train.summary(found["seconds"])}
     result["generate"] = round(statistics.median(found["generate"]), 3)
     print(json.dumps(result), flush=True)
