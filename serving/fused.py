@@ -26,7 +26,7 @@ from model import CausalLM, MoE
 from modules.layers import Linear, QuantLinear
 from modules.lora import LoRALinear
 from modules.positions import alibi_slopes, rope_tables
-from serving.runners import AdapterLinear, PagedRunner, ScheduledTokens, SequentialRunner, make_runner
+from serving.runners import AdapterLinear, PagedRunner, SequentialRunner, make_runner
 
 # ==================================================================================== which models, and their weights
 

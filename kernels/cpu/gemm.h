@@ -242,8 +242,8 @@ static long depth_of(long count) {
 }
 
 // C (A.rows, N) (+)= A B for packed panels of `count` words. The thread that computed a block of C then calls
-// finish(m0, m1, n0, n1) for it. Blocks that follow each other share their part of the panels, at most 1 MB, which stays
-// in the second-level cache; so does a block's sum, until it is written to C in long rows.
+// finish(m0, m1, n0, n1) for it. Blocks that follow each other share their part of the panels, at most 1 MB, which
+// stays in the second-level cache; so does a block's sum, until it is written to C in long rows.
 template <class Finish>
 static void multiply(const Rows& A, long N, long count, const uint32_t* panels, float* C, long ldc, bool add,
                      Finish finish) {

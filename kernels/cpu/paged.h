@@ -215,7 +215,7 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
     for (long j = from; j < std::min(from + KEYS, last[rows - 1] + 1L); j++) {
       const long at = a.slot(s, j) * stride + kv * Dh;
       for (long d = 0; d < Dh * (long)sizeof(T); d += 64)
-        __builtin_prefetch((const char*)((const T*)a.k + at) + d), __builtin_prefetch((const char*)((const T*)a.v + at) + d);
+        for (const void* rows : {a.k, a.v}) __builtin_prefetch((const char*)((const T*)rows + at) + d);
     }
   };
   fetch_keys(a.seen_from(s, r0 / G));

@@ -36,8 +36,10 @@ Buffer weight_buffer(size_t bytes) {
   if (bytes > CHUNK / 2) return huge_buffer(bytes);
   const std::lock_guard<std::mutex> lock(mutex);
   std::shared_ptr<char> chunk = current.lock();
-  if (!chunk || used + bytes > CHUNK)
-    chunk = std::shared_ptr<char>(huge_buffer(CHUNK).release(), [](void* p) { std::free(p); }), current = chunk, used = 0;
+  if (!chunk || used + bytes > CHUNK) {
+    chunk = std::shared_ptr<char>(huge_buffer(CHUNK).release(), [](void* p) { std::free(p); });
+    current = chunk, used = 0;
+  }
   char* at = chunk.get() + used;
   used += bytes;
   return Buffer(at, FreeMemory{chunk});

@@ -142,7 +142,10 @@ void sums_on_tiles(const Panels& w, const Inputs& x, long m0, long m1, long pane
     const uint32_t* B = of_panel + from * 64;
     if (w.storage == INT4) unpack(of_panel + from / 2 * 64, (count + 1) / 2, padded);
     else if (count < full) std::copy_n(B, count * 64, padded);
-    if (w.storage == INT4 || count < full) std::fill(padded + (count + 1) / 2 * 2 * 64, padded + full * 64, 0), B = padded;
+    if (w.storage == INT4 || count < full) {
+      std::fill(padded + (count + 1) / 2 * 2 * 64, padded + full * 64, 0);
+      B = padded;
+    }
     asm volatile("" ::: "memory");  // before tiles are loaded
     for (long n = 0; n < 64; n += 32)
       for (long m = 0; m < rows; m += 32, turn ^= 1) {

@@ -6,9 +6,10 @@
     python tests/bench/bench_rl.py --config A --trl ~/.cache/llm-peers/hf/bin/python              # TRL's GRPOTrainer
 
 Models, shapes and threads are those of bench_train.py (random weights: the speed does not depend on them). All weights
-are trained in float32, with --dtype bf16 beside products in bfloat16 (TRL: bf16 autocast), one update a rollout, no KL, no end token, so that every reply has --new ids. TRL generates with
-transformers, as it does on a CPU. One step warms up, --reps are measured. The last line is one JSON object with the
-same keys in all three: `seconds` of a step, `generate` of them in generation, and the process's peak memory.
+are trained in float32, with --dtype bf16 by products in bfloat16 (TRL: bf16 autocast), one update a rollout, no KL, no
+end token, so that every reply has --new ids. TRL generates with transformers, as it does on a CPU. One step warms up,
+--reps are measured. The last line is one JSON object with the same keys in all three: `seconds` of a step, `generate`
+of them in generation, and the process's peak memory.
 """
 
 import argparse
@@ -76,7 +77,8 @@ class Timed(GRPOTrainer):
         finally: times.append(time.perf_counter() - start)
 
 N = given["rows"]
-args = GRPOConfig(output_dir="/tmp/trl_grpo", use_cpu=True, bf16=given["bf16"], report_to=[], gradient_checkpointing=False,
+args = GRPOConfig(output_dir="/tmp/trl_grpo", use_cpu=True, bf16=given["bf16"], report_to=[],
+    gradient_checkpointing=False,
     per_device_train_batch_size=N, num_generations=given["replies"], max_completion_length=given["new"], beta=0.0,
     max_steps=given["reps"] + 1, learning_rate=1e-6, save_strategy="no", disable_tqdm=True, logging_steps=10**6,
     generation_kwargs={"min_new_tokens": given["new"]}, temperature=1.0, shuffle_dataset=False)

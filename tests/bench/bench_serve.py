@@ -5,7 +5,7 @@
     python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --profile         # where the time goes
     python tests/bench/bench_serve.py --config A --dtype bf16 --batch 64 --sampling             # with every penalty
 
-Models: as in bench_train.py, read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if they are there, else drawn
+Models: as in bench_train.py, read from $PEERS/models/NAME (default ~/.cache/llm-peers) if they are there, else drawn
 here in the same shape. A mode rounds the linears of the blocks to integers in memory, to nearest, by output channel
 (wint4: in groups of 64): wint8 and wint4 the weights alone, a8w8 the activations of each token as well. The head is
 rounded to 8 bits with them. With --dtype bf16, floats that remain are bfloat16, and the inputs of wint8 and wint4 are

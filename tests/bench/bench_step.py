@@ -22,29 +22,16 @@ import kernels
 
 import numpy as np
 import paddle
-from bench_train import COMMON, load_model
+from bench_train import SHAPES, load_model
 
 from adapters import from_pretrained
-from families import ModelConfig
 from formats.tokenizer import load_tokenizer
-from formats.weights import init_weights
-from model import build
 from serving.fused import FusedRunner
 from serving.runners import PagedRunner, ScheduledTokens, TokenSequence, round_linears
 
 FORMATS = ("layers", "float32", "bfloat16", "w8", "w4", "a8w8")
 PROMPT, BLOCKS = 128, 12  # tokens; blocks of 16 tokens a sequence
 AT_ONCE = 16  # most prompts of a prefill, as a server takes them in pieces
-SHAPE_C = dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-               intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
-
-
-def load(config):
-    if config != "C":
-        return load_model(config)[0]
-    model = build(ModelConfig.from_dict({**COMMON, **SHAPE_C}))
-    init_weights(model, seed=0)
-    return model
 
 
 def runner_of(model, name, sequences, free_weights=False):
@@ -60,7 +47,7 @@ def runner_of(model, name, sequences, free_weights=False):
 
 def measure(config, name, batches, reps, steps):
     """Print one JSON line: for each batch the seconds of a decode and of a prefill, and what they read and compute."""
-    model = load(config)
+    model, _ = load_model(config)
     c, weights = model.config, model.active_weights
     head = c.vocab_size * c.hidden_size
     runner = runner_of(model, name, max(batches), free_weights=name != "layers")
@@ -169,7 +156,7 @@ def show_rounding(formats, records=40):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="A", choices=["A", "B", "C"])
+    parser.add_argument("--config", default="A", choices=list(SHAPES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--reps", type=int, default=3)

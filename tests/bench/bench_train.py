@@ -5,9 +5,9 @@
     python tests/bench/bench_train.py --task sft --config B --mode zero_padding --profile  # an epoch of ragged samples
     python tests/bench/bench_train.py --task dpo --config B                                # an epoch of pairs
 
-Models: Llamas of random weights, A (134 M) and B (5 M), read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if
-they exist, else drawn here in the same shape: the speed does not depend on the weights, and `weights` in the result
-says which it was. The last line of the output is one JSON object; tok_s counts the batch's ids, eff_tok_s only those
+Models: Llamas of random weights, A (134 M), B (5 M) and C (494 M), read from $PEERS/models/NAME (PEERS: by default
+~/.cache/llm-peers) if they exist, else drawn here in the same shape: the speed does not depend on the weights, and
+`weights` in the result says which it was. The last line of the output is one JSON object; tok_s counts the batch's ids, eff_tok_s only those
 that are not padding. --dtype bf16 multiplies in bfloat16; where the processor cannot, `compute` says fp32.
 
 Modes of sft, each over the same samples: `padding` (8 samples a batch in the order of the file, padded to the longest),
@@ -57,6 +57,8 @@ SHAPES = {
               intermediate_size=2048, vocab_size=32000),
     "B": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
               intermediate_size=688, vocab_size=4096),
+    "C": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+              intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True),
 }  # fmt: skip
 COMMON = dict(model_type="llama", max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0)
 MAX_LENGTH = 1024  # of a sample, and of a packed row
