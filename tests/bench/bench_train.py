@@ -7,8 +7,9 @@
 
 Models: Llamas of random weights, A (134 M), B (5 M) and C (494 M), read from $PEERS/models/NAME (PEERS: by default
 ~/.cache/llm-peers) if they exist, else drawn here in the same shape: the speed does not depend on the weights, and
-`weights` in the result says which it was. The last line of the output is one JSON object; tok_s counts the batch's ids, eff_tok_s only those
-that are not padding. --dtype bf16 multiplies in bfloat16; where the processor cannot, `compute` says fp32.
+`weights` in the result says which it was. The last line of the output is one JSON object; tok_s counts the batch's ids,
+eff_tok_s only those that are not padding. --dtype bf16 multiplies in bfloat16; where the processor cannot, `compute`
+says fp32.
 
 Modes of sft, each over the same samples: `padding` (8 samples a batch in the order of the file, padded to the longest),
 `grouped` (the same, 8 of similar length, as finetune.py does without zero_padding), `zero_padding` (best-fit rows of

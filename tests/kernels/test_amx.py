@@ -276,3 +276,74 @@ def test_a_short_buffer_is_detected(emulated):
     emulated.allow(out.ctypes.data, out.nbytes, 1)
     emulated.products(0, 20, 35, a_words.ctypes.data, a_words.shape[1], b_words.ctypes.data, out.ctypes.data, 9, 9, 0)
     assert b"outside" in emulated.fault()
+
+
+@pytest.fixture(scope="module")
+def packed_products(tmp_path_factory):
+    """y = x W of kernels/cpu/panels.h on emulated tiles, and the first fault: (y, text)."""
+    with open("/proc/cpuinfo") as file:
+        if "avx512_vnni" not in file.read(10000) or COMPILER is None:
+            pytest.skip("needs g++ and AVX512-VNNI")
+    folder = tmp_path_factory.mktemp("panels")
+    (folder / "door.cc").write_text("""
+#include "panels.h"
+extern "C" void run(int storage, long rows, long in, long out, long group, int whole_rows, const float* x,
+    const void* codes, const float* scales, const float* zeros, float* y) {
+  const Panels w = pack({(Storage)storage, in, out, group, false, whole_rows != 0, codes, scales, zeros, nullptr,
+      nullptr, 0.0f});
+  InputRoom room;
+  multiply_panels(w, prepare(w, x, rows, room, 2), {STORE, y, out}, 2);
+}
+extern "C" const char* fault() { return emulated_fault(); }
+""")
+    sources = ["door.cc", *(str(ROOT / "kernels/cpu" / f"panels{part}.cc") for part in ("", "_bf16", "_int"))]
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-include", str(ROOT / "tests/gpu/emulated_tiles.h")]
+    command = [COMPILER, *flags, f"-I{ROOT}/kernels/cpu", *sources, "-o", "panels.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    actual = ctypes.CDLL(str(folder / "panels.so"))
+    L, P, I = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
+    actual.run.argtypes, actual.fault.restype = [I, L, L, L, L, I, P, P, P, P, P], ctypes.c_char_p
+
+    def run(storage, x, w, group=0, scales=None, zeros=None, whole_rows=0):
+        y = np.full((x.shape[0], w.shape[1]), np.nan, np.float32)
+        given = (None if a is None else a.ctypes.data for a in (x, w, scales, zeros, y))
+        actual.run(storage, *x.shape, w.shape[1], group, whole_rows, *given)
+        assert actual.fault() == b""
+        return y
+
+    return run
+
+
+@pytest.mark.sweep(keep=0)  # building takes seconds
+@pytest.mark.parametrize("n_in, n_out", [(128, 64), (300, 130), (48, 70), (20, 3)])
+@pytest.mark.parametrize("kind", ["w8", "w8 groups", "w4", "w4 zeros", "a8w8"])
+def test_packed_products_have_the_bits_of_single_rows(packed_products, kind, n_in, n_out):
+    """A single row runs without tiles. 97 rows: more than a task, and an odd rest."""
+    rng = np.random.default_rng([n_in, n_out])
+    x = rng.standard_normal((97, n_in)).astype(np.float32) * np.exp(rng.standard_normal((97, 1))).astype(np.float32)
+    four, group = "w4" in kind, 32 if kind in ("w4", "w4 zeros") else 128 if "groups" in kind else n_in
+    codes = rng.integers(0, 16 if four else 256, (n_in, n_out)).astype(np.uint8)
+    scales, zeros = rng.random((2, -(-n_in // group), n_out)).astype(np.float32)
+    zeros = np.round(15 * zeros) if "zeros" in kind else None
+    given = 3 if four else 2, x, codes, group, scales, zeros, kind == "a8w8"
+    actual = packed_products(*given)
+    for m in range(97):
+        single = packed_products(given[0], x[m : m + 1], *given[2:])
+        assert np.array_equal(actual[m : m + 1], single), m
+    weights = (codes - (0.0 if zeros is None else np.repeat(zeros, group, 0)[:n_in])) * np.repeat(scales, group, 0)[
+        :n_in
+    ]
+    if zeros is None:
+        weights = (codes.astype(float) - (8 if four else 128)) * np.repeat(scales, group, 0)[:n_in]
+    expected = x @ weights
+    assert np.abs(actual - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.sweep(keep=0)
+def test_packed_bfloat16_has_the_bits_of_single_rows(packed_products):
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((35, 1100), (1100, 70)))
+    actual = packed_products(1, x, w)
+    assert np.abs(actual - x @ w).max() < 0.02 * np.abs(x @ w).max()
+    for m in range(0, 35, 4):
+        assert np.array_equal(packed_products(1, x[m : m + 1], w), actual[m : m + 1])
