@@ -27,11 +27,15 @@ Buffer huge_buffer(size_t bytes) {
 }
 
 // Products of a few rows read all weights once, and would miss the translation of every small page.
+static std::mutex mutex;
+static std::weak_ptr<char> current;  // freed with the last weight in it
+static size_t used = 0;
+void start_model() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  current.reset();
+}
 Buffer weight_buffer(size_t bytes) {
   constexpr size_t CHUNK = 32 << 20;
-  static std::mutex mutex;
-  static std::weak_ptr<char> current;
-  static size_t used = 0;
   bytes = (bytes + 63) / 64 * 64;
   if (bytes > CHUNK / 2) return huge_buffer(bytes);
   const std::lock_guard<std::mutex> lock(mutex);

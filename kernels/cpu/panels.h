@@ -23,7 +23,8 @@ struct FreeMemory {
 };
 using Buffer = std::unique_ptr<char, FreeMemory>;
 Buffer huge_buffer(size_t bytes);    // in huge pages where the system has them
-Buffer weight_buffer(size_t bytes);  // the same for what stays: weights share pages
+Buffer weight_buffer(size_t bytes);  // the same for what stays: weights of a model share pages
+void start_model();                  // what is packed next shares no pages with what came before
 void use_huge_pages(void* memory, size_t bytes);  // for memory that others allocated
 
 enum Storage { FLOAT, BFLOAT16, INT8, INT4 };

@@ -351,6 +351,7 @@ struct Pass {
 
 extern "C" {
 Model* fused_new(const Shape* shape) {
+  start_model();
   Model* m = new Model();
   m->s = *shape;
   m->layers.resize(shape->layers);
