@@ -254,9 +254,12 @@ static void multiply(const Rows& A, long N, long count, const uint32_t* panels, 
       static thread_local Words room(MC * WIDE);
       const long m0 = task % down * MC, m1 = std::min(A.rows, m0 + MC), n0 = task / down * GROUP * NR,
                  n1 = std::min(N, n0 + GROUP * NR), k1 = std::min(count, k + depth);
-      float* block = (float*)room.get();
-      block_of(A, m0, m1, panels + n0 * count, count, k, k1, n1 - n0, block, WIDE, false);
-      for (long m = m0; m < m1; m++)
+      // Tiles would write single lines, far apart; other instructions write rows, and need no copy.
+      const bool copies = amx_bf16_ready();
+      float* block = copies ? (float*)room.get() : C + m0 * ldc + n0;
+      block_of(A, m0, m1, panels + n0 * count, count, k, k1, n1 - n0, block, copies ? WIDE : ldc,
+               !copies && (add || k > 0));
+      for (long m = m0; copies && m < m1; m++)
         for (long n = n0; n < n1; n += 16) {
           const __mmask16 keep = first(n1 - n);
           float* to = C + m * ldc + n;
