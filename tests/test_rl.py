@@ -351,6 +351,19 @@ def arguments(**changes):
     return args
 
 
+@pytest.mark.parametrize(
+    "prompt, changes, expected",
+    [
+        (128, {}, 128 + 8 * 12),
+        (10, {"max_dec_len": 400}, 2048),
+        (1900, {"max_dec_len": 400}, 2300),
+        (9, {"max_length": 64}, 64),
+    ],
+)
+def test_a_packed_row_holds_a_group(prompt, changes, expected):
+    assert arguments(rollout_n=8, **changes).row_length(prompt) == expected
+
+
 def parameter_gradients(model):
     found = {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
     model.clear_gradients()

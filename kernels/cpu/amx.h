@@ -140,8 +140,8 @@ static inline void amx_block(long words, const uint32_t* A, long a_stride, const
 }
 // Up to 16 x 64 of C. Few rows are bound by reading B: each step reads 4 KB in order, and asks for what comes later.
 template <AmxWords WORDS>
-static inline void amx_flat(long words, const uint32_t* A, const uint32_t* B, const uint32_t* last, uint32_t* C,
-                            long a_stride, long ldc, bool add) {
+static inline void amx_flat(long words, const uint32_t* A, long a_stride, const uint32_t* B, const uint32_t* last,
+                            uint32_t* C, long ldc, bool add) {
   if (add) {
     _tile_loadd(0, C, 4 * ldc);
     _tile_loadd(1, C + 16, 4 * ldc);
@@ -181,7 +181,7 @@ static inline void amx_tiles(long M, long words, const uint32_t* A, long a_strid
   std::copy(B + words / 16 * 16 * 64, B + words * 64, last);
   if (M <= 16 && N == 64) {
     amx_configure_flat(M);
-    amx_flat<WORDS>(words, A, B, last, C, a_stride, ldc, add);
+    amx_flat<WORDS>(words, A, a_stride, B, last, C, ldc, add);
     return _tile_release();
   }
   AmxShape now = {};

@@ -26,7 +26,6 @@ Buffer huge_buffer(size_t bytes) {
   return Buffer((char*)p);
 }
 
-// Products of a few rows read all weights once, and would miss the translation of every small page.
 static std::mutex mutex;
 static std::weak_ptr<char> current;  // freed with the last weight in it
 static size_t used = 0;
@@ -34,6 +33,7 @@ void start_model() {
   const std::lock_guard<std::mutex> lock(mutex);
   current.reset();
 }
+// Products of a few rows read all weights once, and would miss the translation of every small page.
 Buffer weight_buffer(size_t bytes) {
   constexpr size_t CHUNK = 32 << 20;
   bytes = (bytes + 63) / 64 * 64;

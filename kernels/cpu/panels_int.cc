@@ -142,8 +142,9 @@ void sums_on_tiles(const Panels& w, const Inputs& x, long m0, long m1, long pane
     const uint32_t* B = of_panel + from * 64;
     if (w.storage == INT4) unpack(of_panel + from / 2 * 64, (count + 1) / 2, padded);
     else if (count < full) std::copy_n(B, count * 64, padded);
-    if (w.storage == INT4 || count < full) {
-      std::fill(padded + (count + 1) / 2 * 2 * 64, padded + full * 64, 0);
+    if (w.storage == INT4 || count < full) {  // behind a block, x has the codes of the next: W must be zero there
+      const long written = w.storage == INT4 ? (count + 1) / 2 * 2 : count;
+      std::fill(padded + written * 64, padded + full * 64, 0);
       B = padded;
     }
     asm volatile("" ::: "memory");  // before tiles are loaded

@@ -316,12 +316,12 @@ extern "C" const char* fault() { return emulated_fault(); }
 
 @pytest.mark.sweep(keep=0)  # building takes seconds
 @pytest.mark.parametrize("n_in, n_out", [(128, 64), (300, 130), (48, 70), (20, 3)])
-@pytest.mark.parametrize("kind", ["w8", "w8 groups", "w4", "w4 zeros", "a8w8"])
+@pytest.mark.parametrize("kind", ["w8", "w8 groups", "w8 odd groups", "w4", "w4 zeros", "a8w8"])
 def test_packed_products_have_the_bits_of_single_rows(packed_products, kind, n_in, n_out):
     """A single row runs without tiles. 97 rows: more than a task, and an odd rest."""
     rng = np.random.default_rng([n_in, n_out])
     x = rng.standard_normal((97, n_in)).astype(np.float32) * np.exp(rng.standard_normal((97, 1))).astype(np.float32)
-    four, group = "w4" in kind, 32 if kind in ("w4", "w4 zeros") else 128 if "groups" in kind else n_in
+    four, group = "w4" in kind, {"w8 groups": 128, "w8 odd groups": 12}.get(kind, 32 if "w4" in kind else n_in)
     codes = rng.integers(0, 16 if four else 256, (n_in, n_out)).astype(np.uint8)
     scales, zeros = rng.random((2, -(-n_in // group), n_out)).astype(np.float32)
     zeros = np.round(15 * zeros) if "zeros" in kind else None
