@@ -130,7 +130,7 @@ def test_bfloat16_moves_the_logits_by_its_rounding():
 @pytest.mark.parametrize("scheme", ["bfloat16", "w8", "w4", "w4 groups", "a8w8"])
 @pytest.mark.parametrize("name", sorted(set(tiny_models.CONFIGS) - set(NOT_COVERED)))
 def test_logits_in_bfloat16_and_in_integers_of_every_config(name, scheme):
-    """Rounded inputs move a row's logits by 1 % (bfloat16) or 2 % (int8), in the median; a row may take other experts."""
+    """Rounded inputs move a row's logits by 1 % (bfloat16) or 2 % (int8), in the median; an expert may change."""
     scheme, _, groups = scheme.partition(" ")
     needs("bfloat16")
     model = tiny_models.build(name, **(PACKABLE.get(name, {}) if scheme != "bfloat16" else {}))
