@@ -91,7 +91,7 @@ static inline void amx_configure_flat(long rows) {
 }
 
 enum class AmxWords { bf16, int8 };
-constexpr long AMX_DEPTH = 256;  // words of the inner dimension at a time: half a panel is 32 KB
+constexpr long AMX_DEPTH = 128;  // words of the inner dimension at a time: the first cache holds half a panel's 16 KB
 constexpr long AMX_AHEAD = 16;   // words of the inner dimension between what few rows read and what they ask for
 
 #define AMX_DOT(c, a, b)                     \
@@ -103,10 +103,11 @@ constexpr long AMX_AHEAD = 16;   // words of the inner dimension between what fe
     }                                        \
   }
 
-// Up to 32 x 32 of C; the last, incomplete 16 rows of B lie in `last`.
+// Up to 32 x 32 of C; the last, incomplete 16 rows of B lie in `last`. Each step asks for `rows_ahead` rows of the part
+// of B that is read next.
 template <AmxWords WORDS, bool TALL, bool BROAD>
 static inline void amx_block(long words, const uint32_t* A, long a_stride, const uint32_t* B, const uint32_t* last,
-                             uint32_t* C, long ldc, bool add) {
+                             uint32_t* C, long ldc, bool add, const uint32_t* ahead, long rows_ahead) {
   if (add) {
     _tile_loadd(0, C, 4 * ldc);
     if constexpr (BROAD) _tile_loadd(1, C + 16, 4 * ldc);
@@ -120,6 +121,10 @@ static inline void amx_block(long words, const uint32_t* A, long a_stride, const
   }
   for (long w = 0; w < words; w += 16) {
     const uint32_t* b = w + 16 <= words ? B + w * 64 : last;
+    for (long row = 0; row < rows_ahead; row++) {
+      __builtin_prefetch(ahead + (w + row) * 64, 0, 2);
+      __builtin_prefetch(ahead + (w + row) * 64 + 16, 0, 2);
+    }
     _tile_loadd(4, A + w, 4 * a_stride);
     _tile_loadd(6, b, 256);
     AMX_DOT(0, 4, 6)
@@ -185,17 +190,20 @@ static inline void amx_tiles(long M, long words, const uint32_t* A, long a_strid
     return _tile_release();
   }
   AmxShape now = {};
+  const long rows_ahead = 16 / ((M + 31) / 32);
   for (long w = 0; w < words; w += AMX_DEPTH)
     for (long n = 0; n < N; n += 32)  // this part of B's half panel stays in the first cache while A's rows pass
       for (long m = 0; m < M; m += 32) {
+        const long depth = std::min(AMX_DEPTH, words - w);
+        const uint32_t* next = (n + 32 < N ? B + w * 64 + n + 32 : B + (w + depth) * 64) + m / 32 * rows_ahead * 64;
         const auto part = [](long left) { return std::min(16L, std::max(0L, left)); };
         const AmxShape shape = {{part(M - m), part(M - m - 16)}, {part(N - n), part(N - n - 16)}};
         if (shape != now) amx_configure(now = shape);
         const auto block = shape.rows[1]
                                ? (shape.columns[1] ? amx_block<WORDS, true, true> : amx_block<WORDS, true, false>)
                                : (shape.columns[1] ? amx_block<WORDS, false, true> : amx_block<WORDS, false, false>);
-        block(std::min(AMX_DEPTH, words - w), A + m * a_stride + w, a_stride, B + w * 64 + n, last + n, C + m * ldc + n,
-              ldc, add || w > 0);
+        block(depth, A + m * a_stride + w, a_stride, B + w * 64 + n, last + n, C + m * ldc + n, ldc, add || w > 0, next,
+              rows_ahead);
       }
   _tile_release();
 }

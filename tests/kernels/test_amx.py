@@ -168,12 +168,12 @@ def test_empty_products(emulated, integers):
 
 
 def test_four_loads_feed_four_products(emulated):
-    """96 x 64, 512 deep: 16 steps of 6 blocks; one configuration serves all; what is not loaded once more is stored
+    """96 x 64, 256 deep: 8 steps of 6 blocks; one configuration serves all; what is not loaded once more is stored
     once."""
-    check(emulated, False, 96, 512, 64, False)
-    assert [emulated.count(i) for i in range(4)] == [1, 4 * 16 * 6, 4 * 16 * 6, 4 * 6]
-    check(emulated, False, 40, 512, 64, True)  # 8 rows are left: another configuration, and C is loaded
-    assert emulated.count(0) == 4 and emulated.count(2) == 16 * (4 + 2) * 2
+    check(emulated, False, 96, 256, 64, False)
+    assert [emulated.count(i) for i in range(4)] == [1, 4 * 8 * 6, 4 * 8 * 6, 4 * 6]
+    check(emulated, False, 40, 256, 64, True)  # 8 rows are left: another configuration, and C is loaded
+    assert emulated.count(0) == 4 and emulated.count(2) == 8 * (4 + 2) * 2
 
 
 def test_the_largest_integers_do_not_saturate(emulated):
