@@ -160,10 +160,10 @@ def make_engine(
 ) -> Engine | None:
     """An Engine on the model's own weights with room for the rollouts of train and for dev; None if all are replayed.
 
-    args.rollout_dtype: of the weights that are packed, LoRA included, after every update; see serving.fused.
-    args.rollout_quant_type: linears are rounded to int8 when they are packed, all else is bfloat16. The model's layers
-    themselves run with bf16 and no such dtype, and under tensor parallelism. There all ranks of tp take the same steps:
-    logits are gathered, and every rank samples the same tokens.
+    args.rollout_dtype: of the weights that are packed after every update; by default that of the trainer's products.
+    args.rollout_quant_type: linears are rounded to int8 when they are packed, all else is bfloat16. Under tensor
+    parallelism the model's layers run; all ranks of tp take the same steps: logits are gathered, and every rank samples
+    the same tokens.
     """
     replies = -(-args.global_batch_size // topology.data_size) * args.rollout_n if train and not args.replay else 0
     sequences = min(args.rollout_max_num_seqs if args.rollout_max_num_seqs > 0 else 128, replies)
@@ -172,7 +172,8 @@ def make_engine(
         sequences, prompts = max(sequences, min(64, len(dev))), max(prompts, min(64, len(dev)))
     if not sequences:
         return None
-    longest, dtype = max(dataset.longest for dataset in (train, dev) if dataset), args.rollout_dtype
+    longest = max(dataset.longest for dataset in (train, dev) if dataset)
+    dtype = args.rollout_dtype or ("bfloat16" if kernels.bf16 else "float32")
     first_key, stop_key = local_heads(model.config, topology.tp.size, topology.tp.rank)[1]
     prompt_blocks, reply_blocks = -(-longest // BLOCK_SIZE), -(-args.max_dec_len // BLOCK_SIZE) + 1
     num_blocks = prompts * prompt_blocks + sequences * reply_blocks + 1
@@ -180,10 +181,10 @@ def make_engine(
         if why := why_not_fused(model, None, "bfloat16") or storage_missing("w8"):
             raise UserError(f"rollout_quant_type: {args.rollout_quant_type} is not possible here: {why}")
         runner = FusedRunner(model, num_blocks, BLOCK_SIZE, dtype="bfloat16", linears="w8")
-    elif topology.tp.size > 1 or (kernels.bf16 and dtype is None):
+    elif topology.tp.size > 1:
         runner = make_runner(model, num_blocks, BLOCK_SIZE, key_heads=stop_key - first_key)
     else:
-        runner = fastest_runner(model, num_blocks, BLOCK_SIZE, dtype=dtype or "float32")
+        runner = fastest_runner(model, num_blocks, BLOCK_SIZE, dtype=dtype)
     return Engine(
         runner,
         tokenizer,

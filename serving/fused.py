@@ -112,13 +112,33 @@ def _experts(block):
     return block.mlp.experts if isinstance(block.mlp, MoE) else ()
 
 
-def _without_adapters(layers):
-    return [layer.base if isinstance(layer, AdapterLinear) else layer for layer in layers]
+LIVE = "of the model itself"  # the name of the LoRAs that are trained, where they stay apart from their weights
+
+
+def _without_adapters(layers, adapters=()):
+    apart = (AdapterLinear, LoRALinear) if LIVE in adapters else AdapterLinear
+    return [layer.base if isinstance(layer, apart) else layer for layer in layers]
 
 
 def _is_trained(layer):
-    """Whether it is a LoRA that is being trained on a float weight, which is packed with it."""
+    """Whether it is a LoRA that is being trained on a float weight."""
     return isinstance(layer, LoRALinear) and isinstance(layer.base, Linear)
+
+
+def _stay_apart(model, dtype):
+    """Whether trained LoRAs are adapters beside rounded weights, as in the trainer; else weights are packed with them.
+
+    bfloat16(W + A B) would be other numbers than the trainer's bfloat16(W) and A B."""
+    loras = [layer for layer in model.sublayers() if isinstance(layer, LoRALinear)]
+    is_plain = all(_is_trained(lora) and lora.lora_magnitude_vector is None for lora in loras)
+    return dtype == "bfloat16" and bool(loras) and is_plain and not model.config.experts
+
+
+def _lora(layer, adapter):
+    """The layer's LoRA of this name, or None."""
+    if isinstance(layer, AdapterLinear):
+        return layer.by_name.get(adapter)
+    return layer if adapter == LIVE and isinstance(layer, LoRALinear) else None
 
 
 def _why_not_together(layers):
@@ -307,10 +327,10 @@ def _pack_block(packed, i, block, c, dtype, adapters, free_weights):
         if norm is not None:
             packed.set_norm(i, name, *_norm(norm))
     for name, layers in _products(block).items():
-        bases = _without_adapters(layers)
+        bases = _without_adapters(layers, adapters)
         packed.set_linear(i, name, _weight(name, bases, c, dtype))
         for number, adapter in enumerate(adapters):
-            loras = [x.by_name.get(adapter) if isinstance(x, AdapterLinear) else None for x in layers]
+            loras = [_lora(layer, adapter) for layer in layers]
             if any(lora is not None for lora in loras):
                 packed.set_adapter(i, name, number, *_adapter(name, loras, bases, c))
         if free_weights:
@@ -346,7 +366,8 @@ def pack_model(
 ) -> FusedMultiTransformer:
     """The model's weights in the layout of the instruction set; the caches are still to be set.
 
-    adapters: names of LoRAs, see install_adapters(). free_weights: each weight of the model is freed when it is packed.
+    adapters: names of LoRAs, see install_adapters(); LIVE: of those that are trained. free_weights: each weight of the
+    model is freed when it is packed.
     linears: storage of the blocks' float linears: "w8", or None: dtype.
     """
     c, shape = model.config, _shape(model.config, block_size, cache)
@@ -397,7 +418,9 @@ class FusedRunner(PagedRunner):
         super().__init__(model, num_blocks, block_size, adapters, int8, dtype)
         cache = "int8" if int8 else dtype
         options = {"int8_head": int8_head, "free_weights": free_weights, "linears": linears}
-        self._pack = lambda: pack_model(model, block_size, dtype, cache, adapters=self.adapters, **options)
+        self.is_live = not self.adapters and linears is None and _stay_apart(model, dtype)
+        packed = [LIVE] if self.is_live else self.adapters
+        self._pack = lambda: pack_model(model, block_size, dtype, cache, adapters=packed, **options)
         self.weights_are_free = free_weights
         self.cos = self.sin = np.zeros((0, 0), np.float32)  # (positions, r/2): of positions seen so far
         self.pack()
@@ -431,6 +454,8 @@ class FusedRunner(PagedRunner):
             scheduled = [scheduled[i] for i in order]
             slices = self._adapter_slices(scheduled)
         step, c = self.layout(scheduled), self.config
+        if self.is_live:
+            slices = np.array([(0, 0, len(step.ids), 0, len(scheduled))])
         cos, sin = self._rotary(step)
         q_scale = None
         if c.logn_length is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from adapters import apply_lora, lora_layers, save_adapter
+from adapters import apply_lora, load_adapter, lora_layers, save_adapter
 from model import set_parameter
 from modules.layers import Embedding, Linear
 from serving.fused import FusedRunner, choose_dtype, fastest_runner, why_not_fused
@@ -181,6 +181,20 @@ def test_loras_of_several_requests_in_one_step(name, tmp_path):
     assert difference(found, expected) < 1e-5
     assert difference(logits_of_steps(fused), expected) > 1e-2
     assert difference(logits_of_steps(fused), logits_of_steps(layers)) < 1e-5
+
+
+def test_loras_that_are_trained_stay_beside_bfloat16_weights(tmp_path):
+    """As the trainer computes, and so with the bits of the same LoRA given by a request; not bfloat16(W + A B)."""
+    needs("bfloat16")
+    paths = saved_loras("qwen2", tmp_path, {"hidden_size": 48})
+    model = load_adapter(tiny_models.build("qwen2", hidden_size=48), paths["lora2"], trainable=True)
+    runner = FusedRunner(model, 32, 4, dtype="bfloat16")
+    given = FusedRunner(tiny_models.build("qwen2", hidden_size=48), 32, 4, paths, dtype="bfloat16")
+    assert (logits_of_steps(runner) == logits_of_steps(given, ("lora2",) * 4)).all()
+    lora = next(iter(lora_layers(model).values()))
+    set_parameter(lora.lora_B, 2 * lora.lora_B.numpy())
+    assert difference(logits_of_steps(runner), logits_of_steps(given, ("lora2",) * 4)) > 1e-3
+    assert difference(logits_of_steps(runner), logits_of_steps(PagedRunner(model, 32, 4))) < 0.03
 
 
 def test_loras_beside_integer_weights_and_those_that_are_not_covered(tmp_path):
