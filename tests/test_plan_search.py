@@ -329,7 +329,8 @@ def test_the_peak_of_mfu_is_that_of_the_dtype_of_training(monkeypatch):
 
 
 def test_references_of_dpo_and_rl_cost_what_they_take():
-    """LoRA: a forward with the adapter off each micro-batch; a reference that moves and rl.py's: a second model."""
+    """LoRA: a forward with the adapter off each micro-batch; a reference that moves: another set of what is trained;
+    rl.py's: a second model."""
     flags = "--model_name_or_path llama-3.2-1b --dry_run true --per_device_train_batch_size 1".split()
 
     def planned(script, *more):
@@ -342,6 +343,8 @@ def test_references_of_dpo_and_rl_cost_what_they_take():
     assert 1.2 < with_reference / without < 1.7 and "reference" not in rows
     _, rows = planned("dpo", "--ref_model_update_steps", "64")
     assert rows["reference"] == rows["weights"]
+    seconds, rows = planned("dpo", "--ref_model_update_steps", "64", "--lora", "true")
+    assert rows["reference"] == rows["moments"] / 2 and seconds == with_reference
     _, rows = planned("rl", "--kl_loss_coeff", "0.01")
     assert rows["reference"] == rows["weights"] and rows["keys and values of the engine"] > 0
 
