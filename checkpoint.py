@@ -356,7 +356,7 @@ class CheckpointWriter:
         """(result of function(*args), None) or (None, the message of its error)."""
         try:
             return function(*args), None
-        except Exception as error:
+        except Exception as error:  # any: the other ranks wait for this one's message; finish() raises a bug again
             self.error = error
             return None, self._message(error)
 

@@ -6,6 +6,7 @@ python -m pytest tests/test_plan_search.py
 import dataclasses
 import itertools
 import json
+import runpy
 import shlex
 import subprocess
 import sys
@@ -247,6 +248,21 @@ def test_refusals_are_one_line(argv, line, monkeypatch):
     with pytest.raises(UserError) as error:
         plan.main(argv.split())
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error, code, line", [(UserError("no"), 2, "error: no\n"), (KeyboardInterrupt(), 130, "interrupted\n")]
+)
+def test_what_ends_it_is_one_line(error, code, line, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["plan.py", *"configs/llama_pretrain.json --peak_tflops 312".split()])
+    monkeypatch.setattr(auto_parallel, "find_plans", fail)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path("plan.py", run_name="__main__")
+    assert stop.value.code == code and capsys.readouterr().err == line
 
 
 def test_a_quantized_base_is_refused_by_name(tmp_path):
