@@ -1060,6 +1060,25 @@ def test_numbers_of_a_step_do_not_depend_on_the_topology(two, world, tmp_path, w
     assert results[1] == pytest.approx(results[0], rel=2e-4, abs=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["soft", "lora"])
+def test_a_moving_reference_resumes_on_another_topology(kind, two, world, tmp_path):
+    """Saved by one process between two updates, resumed by two with stage 3, and the other way round."""
+    keys = {"max_steps": 7, "max_seq_len": 300, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1}
+    keys = keys_of(world, tmp_path / "one", gradient_accumulation_steps=2, **keys, **MOVING[kind])
+    sharded = keys | {"gradient_accumulation_steps": 1, **TOPOLOGIES["stage3"]}
+    resumed = {"output_dir": str(tmp_path / "two"), "resume_from_checkpoint": str(tmp_path / "one" / "checkpoint-3")}
+    run(keys)
+    (tmp_path / "two.json").write_text(json.dumps(sharded | resumed))
+    two.run("jobs_parallel:script", "dpo", [str(tmp_path / "two.json")])
+    resumed = {"output_dir": str(tmp_path / "back"), "resume_from_checkpoint": str(tmp_path / "two" / "checkpoint-5")}
+    run(keys | resumed)
+    for folder in ("two", "back"):
+        found, expected = rows(tmp_path / folder), rows(tmp_path / "one")
+        for ours, theirs in zip(found[::-1], expected[::-1]):
+            for name in ("loss", "grad_norm", "rewards/margins"):
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=4e-6), (folder, ours["step"], name)
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
