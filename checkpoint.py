@@ -17,7 +17,8 @@ Layout of a checkpoint, which Hugging Face's tools open as a model's folder, and
         master_weights-*.safetensors  bf16 runs only: the float32 weights that training goes on from
         adapter_config.json, adapter_model.safetensors     LoRA and prefix tuning, in place of model and config
         optimizer-*.safetensors       "NAME/moment1_0", "NAME/moment2_0", "NAME/beta1_pow_acc_0", … of each weight
-        ema, value, value_optimizer   *.safetensors of rl.py: alignment/moving_average.py, alignment/critic.py
+        ema, value, value_optimizer   *.safetensors of rl.py: alignment/moving_weights.py, alignment/critic.py
+        reference-*.safetensors       dpo.py's reference, where it moves: alignment/moving_weights.py
         *.safetensors.index.json      which file has which tensor, where a group of tensors has several files
         trainer_state.json            TrainState, arguments, topology; size and checksum of every file
         .checkpoint_done              completion marker, written last: the checksum of trainer_state.json
@@ -355,7 +356,7 @@ class CheckpointWriter:
         """(result of function(*args), None) or (None, the message of its error)."""
         try:
             return function(*args), None
-        except Exception as error:
+        except Exception as error:  # any: the other ranks wait for this one's message; finish() raises a bug again
             self.error = error
             return None, self._message(error)
 

@@ -26,10 +26,10 @@ import numpy as np
 import parallel
 import trainer
 from adapters import changes_base, lora_layers
+from alignment.moving_weights import MovingReference
 from alignment.preference import (
     METRICS,
     UNPAIRED_METRICS,
-    MovingReference,
     batch_loss,
     evaluate_pairs,
     has_auxiliary_losses,
@@ -113,7 +113,9 @@ class Args(LoraArgs):
             raise UserError("lora and prefix_tuning are both true; choose one")
         if self.prefix_path and not self.prefix_tuning:
             raise UserError("prefix_path needs prefix_tuning: true")
-        return notes + self._check_loss() + self._check_reference()
+        notes += self._check_loss()
+        self._check_reference()
+        return notes
 
     @property
     def is_unpaired(self) -> bool:
@@ -196,25 +198,15 @@ class Args(LoraArgs):
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise UserError(f"ref_model_mixup_alpha: {self.ref_model_mixup_alpha}; it must be above 0 and at most 1")
         if self.ref_model_update_steps <= 0:
-            return []
-        where = f"ref_model_update_steps: {self.ref_model_update_steps}"
+            return
         if self.reference_free:
+            where = f"ref_model_update_steps: {self.ref_model_update_steps}"
             raise UserError(f"{where}: loss_type {self.loss_type} has no reference that could be updated")
-        if trainer.trains_adapter(self):
+        if trainer.trains_adapter(self) and self.ref_model_mixup_alpha < 1:
             raise UserError(
-                f"{where}: the reference of an adapter is the base model, which is not updated; set it to -1"
+                f"ref_model_mixup_alpha: {self.ref_model_mixup_alpha}; with an adapter it must be 1, a copy: the mean "
+                "of two adapters' A and B is not the mean of their products"
             )
-        if "stage3" in (self.sharding or ""):
-            raise UserError(f"{where}: the reference is a whole model beside the policy; use sharding stage1 or stage2")
-        if self.ref_model_mixup_alpha < 1:
-            if self.resume_from_checkpoint:
-                raise UserError(f"{where}: checkpoints do not hold a mixed reference, so that such a run cannot resume")
-            return [f"{where}: checkpoints do not hold the mixed reference, so that this run cannot be resumed"]
-        if self.save_strategy != "no" and (
-            self.save_strategy == "epoch" or self.save_steps % self.ref_model_update_steps
-        ):
-            return [f"{where}: only checkpoints of steps that are a multiple of it can be resumed"]
-        return []
 
 
 # ======================================================================================================== set-up
@@ -309,16 +301,17 @@ def main(args: Args) -> None:
     def evaluate():
         base = dev_reference
         if moving is not None:
-            moving.follow(model, state.step)
-            base = precompute_reference_logps(moving.model, dev, *dev_batches)
+            moving.follow(state.step)
+            with moving.in_place():
+                base = precompute_reference_logps(model, dev, *dev_batches)
         return evaluate_pairs(model, dev, base, args, topology, state.reward_mean if state else 0.0)
 
     if args.do_train:
         # ================================================================== 3. reference, adapter, optimizer, log
         before, reference = evaluate() if dev else None, None
-        if args.ref_model_update_steps > 0:
-            moving = MovingReference(args, topology)
-        elif not args.reference_free and (not trainer.trains_adapter(args) or topology.pp.size > 1):
+        is_moving = args.ref_model_update_steps > 0
+        in_run = args.reference_free or is_moving or trainer.trains_adapter(args) and topology.pp.size == 1
+        if not in_run:
             start, per_epoch, ranks = time.perf_counter(), train.batches_per_epoch, topology.data_size
             steps = range(trainer.total_steps(args, per_epoch, ranks)[0])
             batches = [index for step in steps for index in trainer.micro_batches(step, args, per_epoch, ranks)]
@@ -332,12 +325,13 @@ def main(args: Args) -> None:
         run = trainer.setup_training(args, model, tokenizer, train, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         state, total, steps_per_epoch = run.state, run.total_steps, run.steps_per_epoch
+        moving = MovingReference(run, model, args, checkpoint) if is_moving else None
         inputs = training_inputs if auxiliary else model_inputs  # what the model is called with
 
         def step_size(batches):
             """What the means are over: pairs, and tokens of chosen replies. First, what the step's losses need."""
             if moving is not None:
-                moving.follow(model, state.step)
+                moving.follow(state.step)
             prepare_step(model, batches, reference, args, topology, moving, state)
             return pair_counts(batches)
 
@@ -388,7 +382,7 @@ def main(args: Args) -> None:
         # ================================================================== end of the training loop
 
         if moving is not None:
-            moving.follow(model, state.step)
+            moving.follow(state.step)
         trainer.finish_training(run, model, args)
     else:
         if args.lora_path or args.prefix_path:

@@ -240,9 +240,9 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except Exception as error:
+    except BaseException as error:  # exit_status() knows which ends in a line; any other is raised again
         code, line = exit_status(error, "")
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {line}" if code == 2 else line, file=sys.stderr)
         sys.exit(code)

@@ -30,7 +30,7 @@ from alignment.critic import Critic, value_losses_and_metrics
 from alignment.environments import load_toolbox
 from alignment.groups import counts_of
 from alignment.heads import Policy, add_score_head, remove_score_head, train_score_head
-from alignment.moving_average import MovingAverage
+from alignment.moving_weights import MovingAverage
 from alignment.process_rewards import process_reward
 from alignment.rewards import load_reward_functions, server_reward
 from alignment.rl_arguments import Args

@@ -16,8 +16,8 @@ import types
 import typing
 from collections.abc import Callable
 
-from alignment.rewards import load_function, within
-from formats.files import UserError, brief
+from alignment.rewards import FAILURES, load_function, within
+from formats.files import UserError
 from formats.tokenizer import Tokenizer
 from formats.tool_calls import parse_reply, style_of
 
@@ -106,10 +106,10 @@ class Toolbox:
         offered = {f.__name__: f for f in self.functions + (self.methods(environment) if environment else [])}
         try:
             if name not in offered:
-                raise KeyError(f"there is no tool {name!r}; there are {', '.join(offered)}")
+                raise LookupError(f"there is no tool {name!r}; there are {', '.join(offered)}")
             result = within(self.timeout, lambda: offered[name](**arguments), name)
-        except Exception as error:  # of the user's function, or of the model's arguments
-            return json.dumps({"error": f"{type(error).__name__}: {brief(error)}"}, ensure_ascii=False), True
+        except FAILURES as error:  # of the user's function, or of the model's arguments
+            return json.dumps({"error": f"{type(error).__name__}: {error}"}, ensure_ascii=False), True
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str), False
 
     def results_ids(self, calls: list[dict], results: list[str]) -> list[int]:

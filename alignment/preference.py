@@ -5,8 +5,8 @@
     loss, metrics = loss_and_metrics(policy, reference, batch["reply_tokens"], pair_counts(batches), args)
 
 The formulas are in preference_losses.py; here is what they are computed from. A reference is none, the model with its
-adapter off, log-probabilities computed before training, or a copy that follows the policy. prepare_step() computes what
-a loss needs of all pairs of a step.
+adapter off, log-probabilities computed before training, or a second set of weights that follows the policy's
+(moving_weights.py). prepare_step() computes what a loss needs of all pairs of a step.
 """
 
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from tqdm import tqdm
 import parallel
 import trainer
 from adapters import adapter_disabled
+from alignment.moving_weights import MovingReference
 from alignment.preference_losses import UNPAIRED_LOSSES
 from checkpoint import TrainState
 from data import PreferenceLoader
@@ -286,30 +287,6 @@ def reference_logps(model: CausalLM, batch: dict, precomputed: np.ndarray | None
         return reply_logps(model, batch, args.ld_alpha)
 
 
-class MovingReference:
-    """A second model that follows the policy: every ref_model_update_steps steps its weights become α times the
-    policy's plus (1 - α) times its own, α: ref_model_mixup_alpha. TR-DPO, Gorbatovski et al., arXiv 2404.09656:
-    soft updates, and hard ones with α = 1."""
-
-    def __init__(self, args: object, topology: Topology):
-        self.model = parallel.from_pretrained(args.model_name_or_path, topology)
-        self.every, self.alpha, self.updates = args.ref_model_update_steps, args.ref_model_mixup_alpha, 0
-
-    @paddle.no_grad()
-    def follow(self, policy: CausalLM, step: int) -> None:
-        """Do the update that is due after `step` steps, once. After a resume that is a hard one, to the weights that
-        the checkpoint holds: UserError if they are not those of the last update."""
-        if step // self.every > self.updates:
-            if step % self.every:
-                raise UserError(
-                    f"resume_from_checkpoint: step {step} does not hold the reference, which is the policy at step "
-                    f"{step // self.every * self.every}; resume from a multiple of ref_model_update_steps {self.every}"
-                )
-            self.updates = step // self.every
-            for ours, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
-                ours.set_value(ours * (1 - self.alpha) + theirs.astype(ours.dtype) * self.alpha)
-
-
 # =================================================================================================== a step, evaluation
 
 
@@ -334,8 +311,8 @@ def prepare_step(
 
     if moving is not None:
         both = [*batches, *(batch["mismatched"] for batch in batches if "mismatched" in batch)]
-        with trainer.eval_mode(moving.model):
-            for batch, logps in parallel.pipelined_map(moving.model, both, model_inputs, outputs):
+        with moving.in_place(), trainer.eval_mode(model):
+            for batch, logps in parallel.pipelined_map(model, both, model_inputs, outputs):
                 batch["reference_logps"] = logps.numpy()
     if args.is_unpaired:
         items = [(batch, not batch.get("is_dummy")) for batch in batches]

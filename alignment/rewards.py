@@ -23,6 +23,9 @@ import numpy as np
 
 from formats.files import UserError, brief
 
+# A user's function may fail in any way. sys.exit() in it, or in a library of it, must not end the run without a word.
+FAILURES = (Exception, SystemExit)
+
 
 @dataclasses.dataclass
 class RewardFunction:
@@ -63,7 +66,7 @@ class RewardFunction:
             return within(self.timeout, call, f"reward_funcs: {self.name}")
         except UserError:
             raise
-        except Exception as raised:
+        except FAILURES as raised:
             error, culprit = self._first_failure(call, where) or (raised, where[0])
             text = f"{_line_of(error, self.fn)}{type(error).__name__}: {error}"
             raise UserError(f"reward_funcs: {self.name}: {culprit}: {text}") from error
@@ -74,7 +77,7 @@ class RewardFunction:
         for i, place in enumerate(where):
             try:
                 call(slice(i, i + 1))
-            except Exception as error:
+            except FAILURES as error:
                 return error, place
         return None
 
@@ -98,7 +101,7 @@ def within(seconds: float, call: Callable, name: str) -> object:
     def run():
         try:
             outcome.append((call(), None))
-        except Exception as error:
+        except BaseException as error:  # raised again by the thread that waits, whatever it is
             outcome.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True, name=name)
@@ -167,6 +170,6 @@ def _load_module(path, key):
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except FAILURES as error:
         raise UserError(f"{key}: {path}: cannot be imported: {type(error).__name__}: {error}") from error
     return module

@@ -217,9 +217,17 @@ def ranks_of(dp: int, pp: int, sharding: int, sep: int, tp: int, ep: int, order:
     return {axis.name: tuple(axis.ranks) for axis in axes}
 
 
-def adapter_off_forwards(args: object, pp: int) -> int:
-    """Forwards of a micro-batch beside its own: dpo.py's reference of LoRA or a prefix, the model without it."""
-    if pp > 1 or getattr(args, "reference_free", True) or args.ref_model_update_steps > 0:  # computed before the run
+def has_moving_reference(args: object) -> bool:
+    return getattr(args, "ref_model_update_steps", -1) > 0
+
+
+def reference_forwards(args: object, pp: int, is_adapter: bool) -> int:
+    """Forwards of a micro-batch beside its own: of dpo.py's reference, if it moves or is the model without adapter."""
+    if getattr(args, "reference_free", True):
+        return 0
+    if has_moving_reference(args):
+        return 1
+    if pp > 1 or not is_adapter:  # computed before the run
         return 0
     names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
     rows = [LOSSES.get(name) for name in names]  # None: orpo, sft, single replies and lists, which the run resolves
@@ -281,8 +289,8 @@ class CostModel:
                 cost.backward_talk += n * block.backward_talk
             stages.append(cost)
         self._add_head(stages[-1], degrees, batch_size, machine)
-        for stage in stages if self.memory.is_adapter else ():
-            times = 1 + adapter_off_forwards(self.args, degrees.pp)
+        times = 1 + reference_forwards(self.args, degrees.pp, self.memory.is_adapter)
+        for stage in stages:
             stage.forward, stage.forward_talk = times * stage.forward, times * stage.forward_talk
         share = accumulation / degrees.pp
         for kind, n in collections.Counter(kinds).items():
@@ -444,8 +452,9 @@ class CostModel:
             hidden = self._hidden(cost, degrees, machine, each) * times
             talk["sharding"].add(times * size, times * each, hidden)
             cost.reduction += times * each - hidden
-            cost.gather = machine.all_gather(ranks["sharding"], size)
-            talk["sharding"].add(size, cost.gather)
+            times = 3 if has_moving_reference(self.args) else 1  # it takes the policy's place and gives it back
+            cost.gather = times * machine.all_gather(ranks["sharding"], size)
+            talk["sharding"].add(times * size, cost.gather)
         left, first = (sharded * FLOAT32 if own else size), not own
         for name in ("sep", "dp"):
             if len(ranks[name]) > 1:

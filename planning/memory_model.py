@@ -319,8 +319,8 @@ class MemoryModel:
                 parts[part] = 0.0
         if getattr(self.args, "needs_reference", False) and trained is None:  # rl.py: a frozen copy
             parts["reference"] = float(elements[0] * (BFLOAT16 if self.args.bf16 else FLOAT32))
-        if getattr(self.args, "ref_model_update_steps", -1) > 0:  # dpo.py: a second model that follows the policy
-            parts["reference"] = float(elements[0] * FLOAT32)
+        if getattr(self.args, "ref_model_update_steps", -1) > 0:  # dpo.py: weights that follow the policy's
+            parts["reference"] = float(of_trained[int(degrees.stage >= 1)] * FLOAT32)
         if getattr(self.args, "use_ema", False):  # rl.py: an average of the trained weights
             parts["average of the weights"] = float(of_trained[int(degrees.stage >= 1)] * FLOAT32)
         if getattr(self.args, "critic_model_name_or_path", None):  # rl.py: taken to be as large as the policy

@@ -690,7 +690,7 @@ class Engine:
         output.admitted = sequence.admitted
         try:
             sequence.on_output(output)
-        except Exception:
+        except Exception:  # of the caller's function, any: the other requests go on
             traceback.print_exc()
             self.abort(sequence.request.request_id)
 
@@ -712,7 +712,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception:
+            except Exception:  # any: without this thread no request would end; the next ones may well succeed
                 traceback.print_exc()
                 self._fail()
 

@@ -15,6 +15,8 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
 import draw_curves
 import make_demo
+import shop_texts
+import shop_words
 
 SFT_FILES = ("sft/train.json", "sft/dev.json")
 PREFERENCE_FILES = ("preference/train.jsonl", "preference/dev.jsonl")
@@ -46,7 +48,7 @@ def tokenizer():
 @pytest.mark.parametrize(
     "write",
     [
-        make_demo.corpus_texts,
+        shop_texts.corpus_texts,
         lambda count: make_demo.sft_records("train", count),
         lambda count: make_demo.preference_records("dev", count),
     ],
@@ -104,7 +106,7 @@ def test_every_reply_mentions_what_was_asked(name):
     for record in read(name):
         source, target = as_list(record["src"])[0], as_list(record["tgt"])[0]
         asked = values_asked(source)
-        assert [value for value in asked if not make_demo.mentions(target, value)] == []
+        assert [value for value in asked if not shop_texts.mentions(target, value)] == []
         if "keywords" in record:
             assert sorted(record["keywords"]) == sorted(asked)
 
@@ -113,7 +115,7 @@ def test_replies_are_short_and_varied(tokenizer):
     texts = [record["tgt"] for record in read("sft/train.json") if "keywords" in record]
     lengths = sorted(len(tokenizer.encode(text)) for text in texts)
     assert lengths[len(lengths) // 20] >= 28 and lengths[-len(lengths) // 20] <= 70
-    assert all(1 < make_demo.count_sentences(text) <= 5 for text in texts)
+    assert all(1 < shop_texts.count_sentences(text) <= 5 for text in texts)
     assert len(set(texts)) > 0.98 * len(texts)
 
 
@@ -124,11 +126,11 @@ def test_each_dev_record_has_a_pair_that_train_never_has(train, dev):
 
 
 def test_system_prompts_are_kept():
-    endings = {"zh": make_demo.CLOSING_ZH, "en": make_demo.CLOSING_EN}
-    openings = {"zh": make_demo.OPENING_ZH, "en": make_demo.OPENING_EN}
+    endings = {"zh": shop_words.CLOSING_ZH, "en": shop_words.CLOSING_EN}
+    openings = {"zh": shop_words.OPENING_ZH, "en": shop_words.OPENING_EN}
     tones = {
         prompt: (tone, language)
-        for tone, prompts in make_demo.TONES.items()
+        for tone, prompts in shop_words.TONES.items()
         for language in prompts
         for prompt in prompts[language]
     }
@@ -136,7 +138,7 @@ def test_system_prompts_are_kept():
         tone, language = tones[record["context"]["system"]]
         text = record["tgt"]
         if tone == "brief":
-            assert make_demo.count_sentences(text) == 2
+            assert shop_texts.count_sentences(text) == 2
         if tone in endings[language]:
             possible = [closing.format(them=them) for closing in endings[language][tone] for them in ("it", "them")]
             assert text.endswith(tuple(possible))
@@ -155,8 +157,8 @@ def test_preference_format(name):
         assert sorted(record["sort"]) == [0, 1]
         better, worse = [record["response"][record["sort"].index(mark)] for mark in (1, 0)]
         asked = values_asked(record["src"][0])
-        assert all(make_demo.mentions(better, value) for value in asked)
-        assert not all(make_demo.mentions(worse, value) for value in asked)
+        assert all(shop_texts.mentions(better, value) for value in asked)
+        assert not all(shop_texts.mentions(worse, value) for value in asked)
     first_is_better = sum(record["sort"][0] for record in records) / len(records)
     assert 0.35 < first_is_better < 0.65
     assert any(record["tgt"] for record in records)
@@ -173,8 +175,8 @@ def test_a_curve_is_drawn(tmp_path, capsys):
 
 
 def test_corpus_never_shows_the_task():
-    texts = list(make_demo.corpus_texts(4000))
-    for key in make_demo.KEY_NAMES.values():
+    texts = list(shop_texts.corpus_texts(4000))
+    for key in shop_words.KEY_NAMES.values():
         assert not any(f"{word}#" in text for word in key for text in texts)
     for mark in ("#", "*", "<|im_start|>", "<|im_end|>"):
         assert any(mark in text for text in texts)
@@ -191,7 +193,7 @@ def test_tokenizer(tokenizer):
         "<|im_start|>user",
     ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    texts = list(make_demo.corpus_texts(300))
+    texts = list(shop_texts.corpus_texts(300))
     ids = [tokenizer.encode(text) for text in texts]
     assert sum(len(text.encode()) for text in texts) / sum(map(len, ids)) > 3.5  # bytes a token
     assert 0 not in set().union(*ids)

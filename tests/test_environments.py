@@ -13,6 +13,7 @@ from test_scripts import fails
 
 import rl
 from alignment import environments, rollouts
+from formats.files import UserError
 from serving.engine import Completion
 
 TOOLS = '''
@@ -32,6 +33,11 @@ def add(a: int, b: int = 0, how: Literal["plain", "loud"] = "plain") -> int:
 
 def bare(a):
     """No type."""
+
+
+def leave(code: int):
+    """End."""
+    raise SystemExit(code)
 
 
 class Counter:
@@ -65,6 +71,17 @@ def tools(tmp_path_factory):
     path = tmp_path_factory.mktemp("tools") / "tools.py"
     path.write_text(TOOLS)
     return path
+
+
+@pytest.mark.parametrize("timeout", [0.0, 60.0])
+def test_a_function_that_exits_fails_like_any_other(tools, tmp_path, timeout):
+    """sys.exit() in a user's function or file must not end a run without a word."""
+    toolbox = environments.load_toolbox(f"{tools}:leave", None, small("qwen3"), timeout, 8)
+    result, failed = toolbox.call({"function": {"name": "leave", "arguments": '{"code": 0}'}}, None)
+    assert failed and json.loads(result) == {"error": "SystemExit: 0"}
+    (tmp_path / "script.py").write_text("raise SystemExit('usage: script.py FILE')")
+    with pytest.raises(UserError, match="tools: .*script.py: cannot be imported: SystemExit: usage: script.py FILE"):
+        environments.load_function(f"{tmp_path}/script.py:f", "tools")
 
 
 def test_a_schema_is_read_off_a_function(tools):
@@ -173,7 +190,7 @@ def test_a_run_with_tools_learns_the_models_tokens_only(world, tools, tmp_path, 
             assert len(mine) == len(reply.logps) and any(mine[: len(ids)] == ids for ids in spoken)
         roles = [[message["role"] for message in reply.messages] for reply in group.replies]
         assert roles[:2] == [["assistant"], ["assistant", "tool", "assistant"]]
-        assert '"error": "KeyError: ' in group.replies[3].messages[1]["content"]
+        assert '"error": "LookupError: there is no tool' in group.replies[3].messages[1]["content"]
     run({**keys, "output_dir": str(tmp_path / "replayed"), "replay": str(tmp_path / "out" / "rollouts")})
     assert [row["loss"] for row in logged(tmp_path / "replayed")] == [row["loss"] for row in rows]
 

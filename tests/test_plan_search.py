@@ -6,6 +6,7 @@ python -m pytest tests/test_plan_search.py
 import dataclasses
 import itertools
 import json
+import runpy
 import shlex
 import subprocess
 import sys
@@ -249,6 +250,21 @@ def test_refusals_are_one_line(argv, line, monkeypatch):
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "error, code, line", [(UserError("no"), 2, "error: no\n"), (KeyboardInterrupt(), 130, "interrupted\n")]
+)
+def test_what_ends_it_is_one_line(error, code, line, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["plan.py", *"configs/llama_pretrain.json --peak_tflops 312".split()])
+    monkeypatch.setattr(auto_parallel, "find_plans", fail)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path("plan.py", run_name="__main__")
+    assert stop.value.code == code and capsys.readouterr().err == line
+
+
 def test_a_quantized_base_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="is quantized; a dry run is for float models"):
         args = small(
@@ -329,7 +345,8 @@ def test_the_peak_of_mfu_is_that_of_the_dtype_of_training(monkeypatch):
 
 
 def test_references_of_dpo_and_rl_cost_what_they_take():
-    """LoRA: a forward with the adapter off each micro-batch; a reference that moves and rl.py's: a second model."""
+    """LoRA: a forward with the adapter off each micro-batch; a reference that moves: another set of what is trained;
+    rl.py's: a second model."""
     flags = "--model_name_or_path llama-3.2-1b --dry_run true --per_device_train_batch_size 1".split()
 
     def planned(script, *more):
@@ -342,6 +359,8 @@ def test_references_of_dpo_and_rl_cost_what_they_take():
     assert 1.2 < with_reference / without < 1.7 and "reference" not in rows
     _, rows = planned("dpo", "--ref_model_update_steps", "64")
     assert rows["reference"] == rows["weights"]
+    seconds, rows = planned("dpo", "--ref_model_update_steps", "64", "--lora", "true")
+    assert rows["reference"] == rows["moments"] / 2 and seconds == with_reference
     _, rows = planned("rl", "--kl_loss_coeff", "0.01")
     assert rows["reference"] == rows["weights"] and rows["keys and values of the engine"] > 0
 

@@ -534,6 +534,9 @@ def not_a_number(completions, number, **_): return [math.nan if n == 0 else 1.0 
 def too_few(completions, **_): return [1.0]
 def slow(completions, **_):
     import time; time.sleep(5); return [1.0] * len(completions)
+def leaves(completions, number, **_):
+    if 2 in number: raise SystemExit(0)
+    return [1.0] * len(completions)
 """
 
 
@@ -849,6 +852,11 @@ BAD = {
     "nan": ({"reward_funcs": "not_a_number"}, r"not_a_number: \S*train.jsonl:1: returned nan"),
     "too few": ({"reward_funcs": "too_few"}, r"too_few: returned 1 values; a list of 24"),
     "slow": ({"reward_funcs": "slow", "reward_timeout": 0.1}, r"slow: no result after 0.1 s \(reward_timeout\)"),
+    "a function that exits": ({"reward_funcs": "leaves"}, r"leaves: \S*train.jsonl:3: \S*rewards.py:12: SystemExit: 0"),
+    "one with a time limit": (
+        {"reward_funcs": "leaves", "reward_timeout": 60.0},
+        r"leaves: \S*train.jsonl:3: \S*rewards.py:12: SystemExit: 0",
+    ),
     "no such function": ({"reward_funcs": "other"}, r"has no function 'other'; it has short"),
     "weights": ({"reward_weights": [1.0, 2.0]}, r"reward_weights: 2 numbers for 1 reward_funcs"),
     "one reply": ({"rollout_n": 1}, r"rollout_n: 1: grpo compares replies"),
