@@ -655,6 +655,7 @@ def test_runs(kind, world, tmp_path, capfd):
         assert "reward of greedy replies to dev prompts: before" in out and out.count("after: ") == 2
 
 
+@pytest.mark.sweep(keep=1)
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus", "gae"])
 def test_a_reward_is_learned(estimator, world, tmp_path):
     """From samples to updated weights, signs and all: replies come to have what is rewarded."""
