@@ -20,6 +20,11 @@ def ends_with_a_sentence(completions, **_):
     return [float(text.rstrip().endswith((".", "!", "?", "。", "!", "?"))) for text in completions]
 
 
+def sum_is_right(completions, answer, **_):
+    """1 if the last line of the reply is the answer; of make_sums.py's world."""
+    return [float(text.strip().split("\n")[-1] == str(right)) for text, right in zip(completions, answer)]
+
+
 def _mentions(text, word):
     pattern = rf"(?<!\w){re.escape(word)}(?!\w)" if word.isascii() else re.escape(word)
     return bool(re.search(pattern, text, re.IGNORECASE))

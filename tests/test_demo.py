@@ -4,6 +4,7 @@ python -m pytest -q tests/test_demo.py     # any machine, a few seconds; no corp
 """
 
 import json
+import random
 import sys
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,8 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
 import draw_curves
 import make_demo
+import make_sums
+import rewards
 import shop_texts
 import shop_words
 
@@ -211,3 +214,31 @@ def test_config_and_sizes():
 def test_wrong_argument_is_one_line(capsys):
     assert make_demo.main(["corpse"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- sums
+
+
+def test_sums_are_the_same_each_time_and_those_of_dev_are_new(tmp_path, capsys):
+    for folder in ("a", "b"):
+        assert make_sums.main([str(tmp_path / folder)]) == 0
+    sums = {}
+    for name, count in make_sums.COUNTS.items():
+        text = (tmp_path / "a" / f"{name}.json").read_bytes()
+        assert text == (tmp_path / "b" / f"{name}.json").read_bytes() and text.count(b"\n") == count
+        sums[name] = {json.loads(line)["src"] for line in text.splitlines()}
+    assert not (sums["sft/train"] | sums["rl/train"]) & (sums["sft/dev"] | sums["rl/dev"])
+    assert make_sums.main([]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_sum_is_right_only_with_every_carry():
+    rng = random.Random(0)
+    assert make_sums.steps_of(37, 85, 0.0, rng) == "7+5=12\n3+8+1=12\n122"
+    assert make_sums.steps_of(37, 85, 1.0, rng) == "7+5=12\n3+8=11\n112"
+    assert make_sums.steps_of(995, 5 + 100, 0.0, rng) == "5+5=10\n9+0+1=10\n9+1+1=11\n1100"
+    records = make_sums.records("rl/dev", 300)
+    for forgotten, reward in ((0.0, 1.0), (1.0, 0.0)):
+        pairs = [map(int, record["src"].rstrip("=").split("+")) for record in records]
+        replies = [make_sums.steps_of(*pair, forgotten, rng) for pair in pairs]
+        assert rewards.sum_is_right(replies, [record["answer"] for record in records]) == [reward] * 300
+    assert rewards.sum_is_right(["7+5=12\n122 ", "1220", ""], [122, 122, 122]) == [1.0, 0.0, 0.0]

@@ -202,8 +202,8 @@ def test_the_timetable_gives_what_the_formula_gives_when_stages_are_even(tmp_pat
 
 CONFIGS = {
     "llama_pretrain": "pretrain", "llama_sft": "finetune", "llama_lora": "finetune", "llama_pt": "finetune",
-    "llama_dpo": "dpo", "llama_reward": "reward", "llama_rl": "rl", "llama_ppo": "rl", "recipes/dpo_7b": "dpo",
-    "recipes/pretrain_7b": "pretrain",
+    "llama_dpo": "dpo", "llama_reward": "reward", "llama_rl": "rl", "llama_ppo": "rl", "llama_sums": "rl",
+    "recipes/dpo_7b": "dpo", "recipes/pretrain_7b": "pretrain",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import paddle
 import pytest
 import tiny_models
+from conftest import ROOT
 from test_scripts import crash_after_saving, fails, options, tensors, write_model, write_records
 from test_scripts import rows as logged
 
@@ -31,6 +32,7 @@ import trainer
 from alignment import heads, rl_math, rollouts
 from alignment.critic import Critic
 from alignment.groups import group_sample
+from alignment.rewards import load_reward_functions
 from arguments import parse_args
 from formats.tensor_files import read_safetensors
 from formats.tokenizer import load_tokenizer
@@ -529,6 +531,7 @@ import math
 def short(completions, **_): return [-len(text) / 10 for text in completions]
 def same(completions, **_): return [1.0] * len(completions)
 def half(completion_ids, number, **_): return [float(sum(ids) % 97) * (n % 2) for ids, n in zip(completion_ids, number)]
+def odd(completion_ids, **_): return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
 def broken(completions, number, **_): return [1 / n for n in number]
 def not_a_number(completions, number, **_): return [math.nan if n == 0 else 1.0 for n in number]
 def too_few(completions, **_): return [1.0]
@@ -653,6 +656,22 @@ def test_runs(kind, world, tmp_path, capfd):
     if KINDS[kind].get("do_eval"):
         out = capfd.readouterr().out
         assert "reward of greedy replies to dev prompts: before" in out and out.count("after: ") == 2
+
+
+@pytest.mark.sweep(keep=1)
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus", "gae"])
+def test_a_reward_is_learned(estimator, world, tmp_path):
+    """From samples to updated weights, signs and all: replies come to have what is rewarded."""
+    changes = {"reward_funcs": f"{world}/rewards.py:odd", "max_steps": 20, "global_batch_size": 4, "rollout_n": 32}
+    run(keys_of(world, tmp_path / "out", advantage_estimator=estimator, kl_loss_coeff=0.0, kl_coeff=0.0, **changes))
+    found = [row["reward"] for row in logged(tmp_path / "out")]
+    assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.1
+
+
+def test_the_demos_configs_are_read():
+    for name in ("llama_rl", "llama_sums"):
+        args = parse_args(rl.Args, [str(ROOT / "configs" / f"{name}.json")])
+        assert [function.weight for function in load_reward_functions(args.reward_funcs, None, 0.0)] == [1.0]
 
 
 @pytest.mark.parametrize("kind", ["grpo lora", "ppo", "ppo of all weights", "ppo with a critic"])
