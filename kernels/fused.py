@@ -267,12 +267,17 @@ class FusedMultiTransformer:
         k_scales: paddle.Tensor | None = None,
         v_scales: paddle.Tensor | None = None,
         window: int | None = None,
+        fixed_scales: bool = False,
     ) -> None:
-        """Pools and scales as in kernels.paged_attention, of the dtype that the shape names."""
+        """Pools and scales as in kernels.paged_attention, of the dtype that the shape names.
+
+        fixed_scales: the scales are not each token's own; codes are those of the scales that are there.
+        """
         tensors = k_cache, v_cache, k_scales, v_scales
         self._kept.append(tensors)
         pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-        numbers = [ctypes.c_long(n) for n in (layer, window or 0, k_cache.size * k_cache.element_size())]
+        sizes = layer, window or 0, k_cache.size * k_cache.element_size(), fixed_scales
+        numbers = [ctypes.c_long(n) for n in sizes]
         self._library.fused_layer(self._model, *numbers, *pointers)
 
     def step(

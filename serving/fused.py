@@ -430,7 +430,7 @@ class FusedRunner(PagedRunner):
         self.packed = self._pack()
         windows = self.config.windows or [None] * self.config.num_hidden_layers
         for layer, (pool, scales, window) in enumerate(zip(self.pools, self.scales, windows)):
-            self.packed.set_cache(layer, *pool, *scales, window)
+            self.packed.set_cache(layer, *pool, *scales, window, self.static_scales is not None)
         self.fingerprint = None if self.weights_are_free else self._fingerprint()
 
     def _fingerprint(self):
@@ -507,8 +507,6 @@ def fastest_runner(
     """FusedRunner where it covers the model, else that of make_runner(), in float32, after a line that says why."""
     model.eval()
     why = why_not_fused(model, adapters, dtype) or (storage_missing("w8") if int8_head else None)
-    if int8 == "static" and why is None:
-        why = "it has no static scales of an int8 cache"
     if why is None:
         return FusedRunner(model, num_blocks, block_size, adapters, int8, dtype, int8_head, free_weights)
     print(f"fused_multi_transformer: not used, {why}; the model's layers run one by one", flush=True)

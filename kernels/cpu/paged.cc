@@ -29,13 +29,14 @@ void paged_attend(const Paged& a, CacheType type, int which) {
   else PICK(which, attend_float)(a);
 }
 
-void write_slot(const float* x, long K, long Dh, long slot, void* cache, float* scales, CacheType type, int which) {
+void write_slot(const float* x, long K, long Dh, long slot, void* cache, float* scales, bool fixed, CacheType type,
+                int which) {
   const long at = slot * K * Dh;
   if (type == CACHE_FLOAT) std::memcpy((float*)cache + at, x, K * Dh * sizeof(float));
   if (type == CACHE_BFLOAT16) PICK(which, round_to_bfloat16)(x, K * Dh, (uint16_t*)cache + at);
   if (type == CACHE_INT8)
     for (long h = 0; h < K; h++)
-      PICK(which, round_head)(x + h * Dh, Dh, (int8_t*)cache + at + h * Dh, scales + slot * K + h);
+      PICK(which, round_head)(x + h * Dh, Dh, (int8_t*)cache + at + h * Dh, scales + slot * K + h, fixed);
 }
 static CacheType type_of(const paddle::Tensor& cache) {
   if (cache.dtype() == paddle::DataType::INT8) return CACHE_INT8;
@@ -121,7 +122,7 @@ void WriteCache(const paddle::Tensor& k, const paddle::Tensor& v, paddle::Tensor
     paddle::Tensor& cache = c ? v_cache : k_cache;
     float* scales = k_scales ? (c ? v_scales : k_scales)->data<float>() : nullptr;
     for (long i = 0; i < N; i++)
-      write_slot(from[c] + i * K * Dh, K, Dh, at[i], cache.data(), scales, type_of(cache), which);
+      write_slot(from[c] + i * K * Dh, K, Dh, at[i], cache.data(), scales, false, type_of(cache), which);
   }
 }
 

@@ -363,8 +363,12 @@ static void round_to_bfloat16(const float* x, long n, uint16_t* out) {  // half 
   }
 }
 
-// One head of one token, rounded to int8 with its scale: max |x| / 127.
-static void round_head(const float* x, long Dh, int8_t* out, float* scale) {
+// One head of one token, rounded to int8 with the scale that is there already (fixed), or with its own: max |x| / 127.
+static void round_head(const float* x, long Dh, int8_t* out, float* scale, bool fixed) {
+  if (fixed) {
+    for (long d = 0; d < Dh; d++) out[d] = (int8_t)std::min(127.0f, std::max(-127.0f, std::nearbyint(x[d] / *scale)));
+    return;
+  }
   vf m = {};
   for (long d = 0; d < Dh; d += VL) {
     const vf y = widen_at(x, d, Dh);

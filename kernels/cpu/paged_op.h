@@ -25,4 +25,6 @@ struct Paged {
 void paged_attend(const Paged& a, CacheType type, int which);
 
 // The K heads of one token, x (K, Dh), to a slot of a cache; scales (slots, K) only for int8.
-void write_slot(const float* x, long K, long Dh, long slot, void* cache, float* scales, CacheType type, int which);
+// fixed: int8 codes are written for the scales that are there; else the scales are written too.
+void write_slot(const float* x, long K, long Dh, long slot, void* cache, float* scales, bool fixed, CacheType type,
+                int which);

@@ -51,6 +51,7 @@ struct Layer {
   long window = INT_MAX;
   void *k = nullptr, *v = nullptr;  // (slots, K, Dh)
   float *k_scales = nullptr, *v_scales = nullptr;
+  bool fixed_scales = false;
 };
 
 // As kernels/fused.py fills it, in this order.
@@ -158,6 +159,12 @@ void embed(Model& m, const Step& step, float* x, int which) {
   normalize(m.embedding_norm, copy.data(), step.tokens, D, x, which);
 }
 
+void write_both(const Model& m, const Layer& layer, const float* k, const float* v, long heads, long slot, int which) {
+  const auto type = (CacheType)m.s.cache;
+  write_slot(k, heads, m.s.Dh, slot, layer.k, layer.k_scales, layer.fixed_scales, type, which);
+  write_slot(v, heads, m.s.Dh, slot, layer.v, layer.v_scales, layer.fixed_scales, type, which);
+}
+
 // Norms and rotation of the heads of every token: queries to q (tokens, H, Dh), keys and values into the cache.
 void write_heads(Model& m, Layer& layer, const Step& step, const float* qkv, float* q, int which) {
   const long H = m.s.H, K = m.s.K, Dh = m.s.Dh, row = (H + 2 * K) * Dh;
@@ -177,8 +184,7 @@ void write_heads(Model& m, Layer& layer, const Step& step, const float* qkv, flo
     PICK(which, rotate_heads)(of + H * Dh, cos, sin, K, Dh, m.s.rotary, m.s.neighbours, k);
     if (step.q_scale)
       for (long d = 0; d < H * Dh; d++) q[i * H * Dh + d] *= step.q_scale[i];
-    write_slot(k, K, Dh, step.slots[i], layer.k, layer.k_scales, (CacheType)m.s.cache, which);
-    write_slot(of + (H + K) * Dh, K, Dh, step.slots[i], layer.v, layer.v_scales, (CacheType)m.s.cache, which);
+    write_both(m, layer, k, of + (H + K) * Dh, K, step.slots[i], which);
   });
 }
 
@@ -204,8 +210,7 @@ void write_latent_heads(Model& m, Layer& layer, const Step& step, const float* f
     }
     if (step.q_scale)
       for (long d = 0; d < H * Dh; d++) q[i * H * Dh + d] *= step.q_scale[i];
-    write_slot(k, H, Dh, step.slots[i], layer.k, layer.k_scales, (CacheType)m.s.cache, which);
-    write_slot(v, H, Dh, step.slots[i], layer.v, layer.v_scales, (CacheType)m.s.cache, which);
+    write_both(m, layer, k, v, H, step.slots[i], which);
   });
 }
 
@@ -393,11 +398,12 @@ long fused_adapter(Model* m, long layer, long name, long adapter, const Source* 
   return (long)(to.down.bytes() + to.up.bytes());
 }
 // bytes: of k, of v. A step reads single rows all over them, each of which costs a page walk if pages are small.
-void fused_layer(Model* m, long layer, long window, long bytes, void* k, void* v, float* k_scales, float* v_scales) {
+void fused_layer(Model* m, long layer, long window, long bytes, long fixed_scales, void* k, void* v, float* k_scales,
+                 float* v_scales) {
   Layer& to = m->layers[layer];
   use_huge_pages(k, bytes), use_huge_pages(v, bytes);
   to.window = window ? window : INT_MAX;
-  to.k = k, to.v = v, to.k_scales = k_scales, to.v_scales = v_scales;
+  to.k = k, to.v = v, to.k_scales = k_scales, to.v_scales = v_scales, to.fixed_scales = fixed_scales;
 }
 void fused_inputs(Model* m, const void* embedding, const float* positions, const float* slopes) {
   m->embedding = embedding, m->positions = positions;

@@ -5,6 +5,7 @@
 The oracle of a model is PagedRunner, which runs the layers of model.py; of integers, the weights that they stand for.
 """
 
+import dataclasses
 import functools
 
 import kernels
@@ -112,9 +113,14 @@ def test_every_instruction_set_gives_the_same_logits(instructions, monkeypatch):
     assert difference(logits_of_steps(FusedRunner(llama(), 32, 4)), expected) < 1e-5
 
 
-def test_an_int8_cache_is_that_of_the_layers():
-    layers, fused = (logits_of_steps(runner(llama(), 32, 4, int8=True)) for runner in (PagedRunner, FusedRunner))
+@pytest.mark.parametrize("kind", [True, "static"])
+def test_an_int8_cache_is_that_of_the_layers(kind):
+    model = tiny_models.build("llama")
+    heads = [[0.02, 0.03]] * len(model.layers)  # 0.02: some values are cut off
+    model.config = dataclasses.replace(model.config, quantization={"k_scales": heads, "v_scales": heads})
+    layers, fused = (logits_of_steps(runner(model, 32, 4, int8=kind)) for runner in (PagedRunner, FusedRunner))
     assert difference(fused, layers) < 1e-4  # a code at the edge may round the other way
+    assert difference(fused, logits_of_steps(FusedRunner(model, 32, 4))) > 1e-3
 
 
 def test_bfloat16_moves_the_logits_by_its_rounding():
