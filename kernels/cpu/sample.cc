@@ -43,16 +43,17 @@ static std::vector<long> at_least(const float* x, long V, long k, const std::vec
   return ids;
 }
 
-// Exponentials of a row, see exponentials().
+// Exponentials of a row, see exponentials(), and ids of those near the edge of top_p.
 struct Row {
   std::vector<double> e, sums;
   std::vector<float> rounded;
+  std::vector<long> edge;
 };
 
-// What top_p keeps: values above `least`, and those of the ascending `ids`.
+// What top_p keeps: values above `least`, and those equal to it up to the id `last`.
 struct Kept {
   double least = 0;
-  std::vector<long> ids;
+  long last = -1;
 };
 
 // Leaves the sums of what is kept in row.sums.
@@ -63,37 +64,39 @@ static Kept keep_top_p(Row& row, long n, double sum, double top_p, int which) {
   double lower = top_p < 0.9999 ? 0.999 * (1.0 - top_p) / n * sum : 1e-30, upper = 2.0;  // no value is above 1
   double of_lower = sum, of_upper = 0;
   while (of_lower - of_upper > FEW * lower && upper > lower * (1 + 1e-6)) {
-    const double middle = std::sqrt(lower * upper), found = PICK(which, above)(row.rounded.data(), blocks, middle);
+    double share = 0.5;
+    if (upper < 1.5 * lower) {  // interpolate, and go a little beyond, to move the other bound as well
+      const double few = FEW / 4 * lower;
+      share = (of_lower - target + (2 * target < of_lower + of_upper ? -few : few)) / (of_lower - of_upper);
+    }
+    const double middle = lower * std::pow(upper / lower, share);
+    const double found = PICK(which, above)(row.rounded.data(), blocks, middle);
     if (found < target) upper = middle, of_upper = found;
     else lower = middle, of_lower = found;
   }
-  Kept kept;
-  std::vector<long> edge;
-  double total = 0, whole = 0;
+  double total, whole;
   for (double wider = 1 + 1e-5;; wider *= wider) {  // more than float32's rounding, and more again if need be
     lower /= wider, upper *= wider;
-    edge.clear();
-    PICK(which, split)(row.e.data(), blocks, lower, upper, row.sums.data(), edge);
-    total = std::accumulate(row.sums.begin(), row.sums.end(), 0.0);
-    whole = total;
-    for (long i : edge) whole += row.e[i];
+    row.edge.clear();
+    PICK(which, split)(row.e.data(), blocks, lower, upper, row.sums.data(), row.edge);
+    total = whole = std::accumulate(row.sums.begin(), row.sums.end(), 0.0);
+    for (long i : row.edge) whole += row.e[i];
     if (total <= target && (whole >= target || lower == 0)) break;
   }
-  std::stable_sort(edge.begin(), edge.end(), [&](long a, long b) { return row.e[a] > row.e[b]; });
-  for (long i : edge) {
+  std::sort(row.edge.begin(), row.edge.end(),
+            [&](long a, long b) { return row.e[a] > row.e[b] || (row.e[a] == row.e[b] && a < b); });
+  Kept kept{upper};
+  for (long i : row.edge) {
     if (total >= target) break;  // keeps the one that crosses top_p
-    kept.ids.push_back(i), row.sums[i / BLOCK] += row.e[i], total += row.e[i];
+    kept = {row.e[i], i};
+    row.sums[i / BLOCK] += row.e[i], total += row.e[i];
   }
-  kept.least = upper;
-  std::sort(kept.ids.begin(), kept.ids.end());
   return kept;
 }
 
 // The first id of those kept at which the running sum exceeds its share `uniform` of the whole.
 static long draw(const Row& row, long n, const Kept& kept, double uniform) {
-  const auto is_kept = [&](long i) {
-    return row.e[i] > kept.least || std::binary_search(kept.ids.begin(), kept.ids.end(), i);
-  };
+  const auto is_kept = [&](long i) { return row.e[i] > kept.least || (row.e[i] == kept.least && i <= kept.last); };
   const long blocks = row.sums.size();
   const double whole = std::accumulate(row.sums.begin(), row.sums.end(), 0.0);
   double before = 0;
