@@ -2,8 +2,8 @@
 // them, see kernels.log_probabilities. Rows are split over threads.
 //
 // Probabilities of sampling are float64, as in the oracle, but neither divided by their sum nor sorted as a whole. For
-// top_p, bisection finds two bounds: values above the upper one are kept, values up to the lower one are not, and only
-// the few between them are sorted. The draw looks for its block of 256 ids first.
+// top_p, a search in float32 finds two bounds, which float64 then confirms: values above the upper one are kept, values
+// up to the lower one are not, and only the few between them are sorted. The draw looks for its block of 256 ids first.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
