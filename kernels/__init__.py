@@ -574,15 +574,26 @@ def write_cache(
 
 
 def sample(
-    logits: paddle.Tensor, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, uniform: np.ndarray
+    logits: paddle.Tensor,
+    temperature: np.ndarray,
+    top_k: np.ndarray,
+    top_p: np.ndarray,
+    uniform: np.ndarray,
+    said: list[np.ndarray] | None = None,
+    penalties: list[tuple] | None = None,
 ) -> paddle.Tensor:
     """Sample one id per row, as reference.sample_logits does, with the random numbers given.
 
     logits (S, V) float32. numpy (S,): temperature (0: the largest logit, the first of equals), top_k (0: all), top_p,
     and uniform in [0, 1), which numpy's Generator.choice would draw -> ids (S,) int64 tensor; -1 for a row that has NaN
     or an infinite largest logit.
+
+    said: for each row (n, 2) int64, different ids of prompt and reply and how often each occurs in the reply. Their
+    logits are first changed by penalties (S, 3): divided by the repetition penalty, or multiplied if negative (Keskar
+    et al., arXiv 1909.05858); then lowered by the presence penalty if they occur in the reply, and by the frequency
+    penalty for each time. The tensor has them for as long as the call lasts.
     """
-    return _run("sample", logits, temperature, top_k, top_p, uniform)
+    return _run("sample", logits, temperature, top_k, top_p, uniform, said, penalties)
 
 
 def log_probabilities(logits: paddle.Tensor, ids: np.ndarray, temperature: np.ndarray, count: int) -> tuple:

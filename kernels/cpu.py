@@ -425,11 +425,18 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
     _op("cpu_write_cache", k.contiguous(), v.contiguous(), k_cache, v_cache, slots, k_scales, v_scales)
 
 
-def sample(logits, temperature, top_k, top_p, uniform):
+def sample(logits, temperature, top_k, top_p, uniform, said=None, penalties=None):
     if not _plain(logits):
-        return reference.sample(logits, temperature, top_k, top_p, uniform)
-    parameters = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
-    return _op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), parameters)[0]
+        return reference.sample(logits, temperature, top_k, top_p, uniform, said, penalties)
+    if said is None:
+        said, penalties = [np.zeros((0, 2), np.int64)] * len(uniform), [(1.0, 0.0, 0.0)] * len(uniform)
+    arrays = (
+        np.asarray(top_k, np.int64),
+        np.array([temperature, top_p, uniform, *zip(*penalties)], np.float64),
+        np.concatenate([*said, [[0, 0]]]),  # not empty
+        np.cumsum([len(of_row) for of_row in said]),
+    )
+    return _op("cpu_sample", logits.contiguous(), *map(kernels.to_tensor, arrays))[0]
 
 
 def log_probabilities(logits, ids, temperature, count):

@@ -765,8 +765,10 @@ def _put(cache, slots, x):
 # ------------------------------------------------------------------------------------------------- sample
 
 
-def sample(logits, temperature, top_k, top_p, uniform):
-    rows = logits.astype("float32").numpy()
+def sample(logits, temperature, top_k, top_p, uniform, said=None, penalties=None):
+    rows = logits.astype("float32").numpy().copy()
+    for row, of_row, amounts in zip(rows, said or (), penalties or ()):
+        penalize_said(row, of_row, *amounts)
     sampled, finite = rows.argmax(-1), np.isfinite(rows.max(-1, initial=-np.inf))
     sampled[~finite] = -1
     for s in np.flatnonzero(finite & (np.asarray(temperature) > 0)):
@@ -777,6 +779,14 @@ def sample(logits, temperature, top_k, top_p, uniform):
         (at,) = sample_logits(row, temperature[s], 0, top_p[s], _DrawnUniform(uniform[s]))
         sampled[s] = at if ids is None else ids[at]
     return to_tensor(sampled.astype(np.int64))
+
+
+def penalize_said(row: np.ndarray, said: np.ndarray, repetition: float, presence: float, frequency: float) -> None:
+    """Penalties on one row of logits (V,), in place, see kernels.sample."""
+    ids, counts = said.T
+    x, repetition = row[ids], np.float32(repetition)
+    lowered = (presence * (counts > 0) + frequency * counts).astype(np.float32)
+    row[ids] = np.where(x > 0, x / repetition, x * repetition) - lowered
 
 
 class _DrawnUniform:

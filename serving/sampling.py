@@ -4,8 +4,8 @@
     sampler = Sampler(params, index=0, stop_ids=[2], seed=1)         # one for each reply
     choices = choose_batch([sampler], logits, [token_ids])           # (S, V) float32 -> a Choice for each row
 
-Work is done over the batch, and only what a request asks for: the logits of tokens that have a penalty are changed in
-place and put back, all rows are drawn by one kernels.sample.
+Work is done over the batch, and only what a request asks for. One kernels.sample changes the logits that have
+penalties, draws from all rows, and puts the logits back; rows with rules are changed and put back here.
 
 Letters: S sequences, V vocabulary.
 """
@@ -138,28 +138,28 @@ class Thoughts:
 
 
 class TokenCounts:
-    """Different ids in the order of their first occurrence, and how often each occurred, in arrays that grow."""
+    """Different ids of prompt and reply, and how often each occurs in the reply, in an array that grows."""
 
     def __init__(self):
-        self.place, self.total, self.room = {}, 0, np.zeros((2, 64), np.int64)
+        self.place, self.total, self.room = {}, 0, np.zeros((64, 2), np.int64)
 
-    def update(self, ids: Iterable[int]) -> None:
+    def update(self, ids: Iterable[int], in_reply: bool = True) -> None:
         """Count these ids as well."""
         for i in ids:
-            self.total += 1
             place = self.place.setdefault(i, len(self.place))
-            if place == self.room.shape[1]:
-                self.room = np.concatenate([self.room, np.zeros_like(self.room)], axis=1)
-            self.room[0, place] = i
-            self.room[1, place] += 1
+            if place == len(self.room):
+                self.room = np.concatenate([self.room, np.zeros_like(self.room)])
+            self.room[place, 0] = i
+            self.room[place, 1] += in_reply
+            self.total += in_reply
 
     @property
-    def ids(self) -> np.ndarray:
-        return self.room[0, : len(self.place)]
+    def table(self) -> np.ndarray:
+        """(n, 2): an id and its count in each row."""
+        return self.room[: len(self.place)]
 
-    @property
-    def counts(self) -> np.ndarray:
-        return self.room[1, : len(self.place)]
+
+NOTHING = TokenCounts().table
 
 
 class Choice(NamedTuple):
@@ -180,8 +180,10 @@ class Sampler:
         self.generator = np.random.default_rng([seed, index])
         self.ahead = collections.deque()  # its next numbers, as far as peek() has drawn them
         self.greedy = p.temperature < 1e-5
-        self.counts = TokenCounts()  # of the reply's tokens
-        self.seen, self.num_seen = TokenCounts(), 0  # of prompt and reply, as far as the repetition penalty has read
+        self.counts = TokenCounts()
+        self.options = (0.0, 0, 1.0) if self.greedy else (p.temperature, p.top_k, p.top_p)
+        self.penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+        self.needs_prompt = p.repetition_penalty != 1.0  # whether the prompt is still to be counted
         self.state = None if p.guide is None else p.guide.start
         self.thoughts = None if p.thinking_budget is None else Thoughts(p.thinking_budget)
         self.reports = p.logprobs is not None or p.scaled_logprobs
@@ -197,14 +199,26 @@ class Sampler:
             self.ahead.append(self.generator.random())
         return self.ahead[n]
 
-    def read(self, token_ids: list[int]) -> None:
-        """Note what is new in these ids of prompt and reply; -1 stands for a token of a trained prefix."""
-        self.seen.update(i for i in token_ids[self.num_seen :] if i >= 0)
-        self.num_seen = len(token_ids)
+    def said(self, token_ids: list[int]) -> np.ndarray:
+        """The ids that have penalties, with their counts; -1 in token_ids stands for a token of a trained prefix."""
+        if self.penalties == (1.0, 0.0, 0.0):
+            return NOTHING
+        if self.needs_prompt:
+            self.counts.update([i for i in token_ids if i >= 0], in_reply=False)
+            self.needs_prompt = False
+        return self.counts.table
+
+    def is_early(self) -> bool:
+        """Whether the reply may not end yet."""
+        return self.counts.total < self.params.min_tokens and bool(self.stop_ids)
 
     def apply_rules(self, logits: np.ndarray, token_ids: list[int]) -> None:
-        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, they are dropped."""
-        p, size, plain = self.params, len(logits), logits.copy()
+        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, they are dropped,
+        except that of stop ids before min_tokens."""
+        p, size = self.params, len(logits)
+        if self.is_early():
+            logits[[i for i in self.stop_ids if i < size]] = -np.inf
+        plain = logits.copy()
         reply = token_ids[len(token_ids) - self.counts.total :]
         for token, bias in p.logit_bias:
             logits[token] += bias
@@ -242,83 +256,25 @@ class Sampler:
         return choose_batch([self], logits[None].copy(), [token_ids])[0]
 
 
-class LogitChanges:
-    """Changes of a few logits (S, V) of some rows, in place, all rows at once; undo() takes them back."""
-
-    def __init__(self, logits: np.ndarray):
-        self.flat, self.V, self.old = logits.reshape(-1), logits.shape[1], []
-        assert np.shares_memory(self.flat, logits), "logits must be contiguous"
-
-    def apply(self, rows: list[int], ids: list[np.ndarray], new: Callable) -> None:
-        """new(their logits (n,), repeated) -> (n,), for ids[i] of rows[i]; repeated(x) has x[i] for each of ids[i]."""
-        lengths = [len(of_row) for of_row in ids]
-
-        def repeated(x):
-            return np.repeat(np.array(x), lengths)
-
-        at = repeated(rows) * self.V + np.concatenate(ids)
-        old = self.flat[at]
-        self.flat[at] = new(old, repeated)
-        self.old.append((at, old))
-
-    def undo(self) -> None:
-        for at, old in reversed(self.old):
-            self.flat[at] = old
-
-
-def apply_penalties(samplers: list[Sampler], changes: LogitChanges, token_ids: list[list[int]]) -> None:
-    """Penalties of tokens that were said, and of stop ids before min_tokens; token_ids: of prompt and reply."""
-    rows = [i for i, s in enumerate(samplers) if s.params.repetition_penalty != 1.0]
-    if rows:
-        for i in rows:
-            samplers[i].read(token_ids[i])
-
-        def scaled(x, repeated):
-            penalty = repeated([np.float32(samplers[i].params.repetition_penalty) for i in rows])
-            return np.where(x > 0, x / penalty, x * penalty)
-
-        changes.apply(rows, [samplers[i].seen.ids for i in rows], scaled)
-    rows = [
-        i
-        for i, s in enumerate(samplers)
-        if s.counts.total and (s.params.presence_penalty or s.params.frequency_penalty)
-    ]
-    if rows:
-
-        def lowered(x, repeated):
-            presence, frequency = (
-                repeated([getattr(samplers[i].params, key) for i in rows])
-                for key in ("presence_penalty", "frequency_penalty")
-            )
-            counts = np.concatenate([samplers[i].counts.counts for i in rows])
-            return x - (presence + frequency * counts).astype(np.float32)
-
-        changes.apply(rows, [samplers[i].counts.ids for i in rows], lowered)
-    rows = [i for i, s in enumerate(samplers) if s.stop_ids and s.counts.total < s.params.min_tokens]
-    if rows:
-        banned = [np.array([j for j in samplers[i].stop_ids if j < changes.V], np.int64) for i in rows]
-        changes.apply(rows, banned, lambda x, repeated: np.full_like(x, -np.inf))
-
-
 def sample_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[list[int]]) -> list[int]:
     """One id for each sampler from its row of logits (S, V) float32, which draws one number; -1: it is not finite.
 
     token_ids: of prompt and reply. The logits are changed meanwhile.
     """
-    changes = LogitChanges(logits)
-    apply_penalties(samplers, changes, token_ids)
-    ruled = [(i, logits[i].copy()) for i, sampler in enumerate(samplers) if sampler.has_rules]
-    for i, _ in ruled:
-        samplers[i].apply_rules(logits[i], token_ids[i])
-    options = [
-        (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.uniform())
-        for s in samplers
-    ]
-    temperature, top_k, top_p, uniform = zip(*options)
-    ids = kernels.sample(kernels.to_tensor(logits, share=True), temperature, top_k, top_p, uniform).tolist()
+    said, ruled = [sampler.said(ids) for sampler, ids in zip(samplers, token_ids)], []
+    for i, sampler in enumerate(samplers):
+        if sampler.has_rules or sampler.is_early():
+            ruled.append((i, logits[i].copy()))
+            kernels.reference.penalize_said(logits[i], said[i], *sampler.penalties)
+            sampler.apply_rules(logits[i], token_ids[i])
+            said[i] = NOTHING
+    temperature, top_k, top_p = zip(*[s.options for s in samplers])
+    uniform = [0.0 if s.greedy else s.uniform() for s in samplers]
+    penalties = [s.penalties for s in samplers]
+    tensor = kernels.to_tensor(logits, share=True)
+    ids = kernels.sample(tensor, temperature, top_k, top_p, uniform, said, penalties).tolist()
     for i, row in ruled:
         logits[i] = row
-    changes.undo()
     for i, sampler in enumerate(samplers):
         forced = sampler.thoughts.forced() if sampler.thoughts is not None else None
         if forced is not None and ids[i] >= 0:

@@ -2,8 +2,8 @@
 // them, see kernels.log_probabilities. Rows are split over threads.
 //
 // Probabilities of sampling are float64, as in the oracle, but neither divided by their sum nor sorted as a whole. For
-// top_p, bisection finds two bounds: values above the upper one are kept, values up to the lower one are not, and only
-// the few between them are sorted. The draw looks for its block of 256 ids first.
+// top_p, a search in float32 finds two bounds, which float64 then confirms: values above the upper one are kept, values
+// up to the lower one are not, and only the few between them are sorted. The draw looks for its block of 256 ids first.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,10 +13,7 @@
 #include "op.h"
 #include "threads.h"
 
-struct Above {
-  double sum;
-  long count;
-};
+constexpr long RUN = 64, BLOCK = 256;  // logits of which the largest, and of which the sum is kept
 struct Mass {
   double sum, dot;
 };
@@ -24,74 +21,107 @@ struct Mass {
 #define BODY "sample.h"
 #include "every_isa.h"
 
-// What top_p keeps of exponentials e (n,): values above `least`, and those of the ascending `ids`.
-struct Kept {
-  double least = -1.0;
+// Index of the first largest logit, and the largest of each run; -1 if a logit is NaN or the largest is infinite.
+static long largest(const float* x, long V, std::vector<float>& runs, int which) {
+  const bool numbers = PICK(which, maxima)(x, V, runs);
+  const auto run = std::max_element(runs.begin(), runs.end());
+  return numbers && std::isfinite(*run) ? std::find(x + (run - runs.begin()) * RUN, x + V, *run) - x : -1;
+}
+
+// Indices of at least the k largest logits, ascending, found by the largest of each run.
+static std::vector<long> at_least(const float* x, long V, long k, const std::vector<float>& runs) {
+  float least = -INFINITY;
+  if ((long)runs.size() >= 2 * k) {
+    auto of = runs;
+    std::nth_element(of.begin(), of.begin() + (k - 1), of.end(), std::greater<float>());
+    least = of[k - 1];
+  }
   std::vector<long> ids;
+  for (long i = 0; i < V; i += RUN)
+    for (long j = i; runs[i / RUN] >= least && j < std::min(V, i + RUN); j++)
+      if (x[j] >= least) ids.push_back(j);
+  return ids;
+}
+
+// Exponentials of a row, see exponentials(), and ids of those near the edge of top_p.
+struct Row {
+  std::vector<double> e, sums;
+  std::vector<float> rounded;
+  std::vector<long> edge;
 };
 
-static Kept keep_top_p(const double* e, long n, double sum, double top_p, int which) {
+// What top_p keeps: values above `least`, and those equal to it up to the id `last`.
+struct Kept {
+  double least = 0;
+  long last = -1;
+};
+
+// Leaves the sums of what is kept in row.sums.
+static Kept keep_top_p(Row& row, long n, double sum, double top_p, int which) {
   constexpr long FEW = 64;
-  // A sum's rounding depends on its order, but by less than 1e-9.
-  const double target = top_p * sum, below = target - 1e-9 * sum, beyond = target + 1e-9 * sum;
+  const long blocks = row.sums.size();
+  const double target = top_p * sum;
   double lower = top_p < 0.9999 ? 0.999 * (1.0 - top_p) / n * sum : 1e-30, upper = 2.0;  // no value is above 1
-  Above of_lower = PICK(which, above)(e, 0, n, lower), of_upper{0.0, 0};
-  if (of_lower.sum < beyond) lower = -1.0, of_lower = {sum, n};
-  while (lower > 0 && of_lower.count - of_upper.count > FEW && upper > lower * (1 + 1e-12)) {
-    const double middle = std::sqrt(lower * upper);
-    const Above found = PICK(which, above)(e, 0, n, middle);
-    if (found.sum < below) upper = middle, of_upper = found;
-    else if (found.sum >= beyond) lower = middle, of_lower = found;
-    else break;
+  double of_lower = sum, of_upper = 0;
+  while (of_lower - of_upper > FEW * lower && upper > lower * (1 + 1e-6)) {
+    double share = 0.5;
+    if (upper < 1.5 * lower) {  // interpolate, and go a little beyond, to move the other bound as well
+      const double few = FEW / 4 * lower;
+      share = (of_lower - target + (2 * target < of_lower + of_upper ? -few : few)) / (of_lower - of_upper);
+    }
+    const double middle = lower * std::pow(upper / lower, share);
+    const double found = PICK(which, above)(row.rounded.data(), blocks, middle);
+    if (found < target) upper = middle, of_upper = found;
+    else lower = middle, of_lower = found;
   }
-  Kept kept{upper, {}};
-  std::vector<long> edge;
-  PICK(which, between)(e, n, lower, upper, edge);
-  std::stable_sort(edge.begin(), edge.end(), [&](long a, long b) { return e[a] > e[b]; });
-  double total = of_upper.sum;
-  for (long i : edge) {
+  double total, whole;
+  for (double wider = 1 + 1e-5;; wider *= wider) {  // more than float32's rounding, and more again if need be
+    lower /= wider, upper *= wider;
+    row.edge.clear();
+    PICK(which, split)(row.e.data(), blocks, lower, upper, row.sums.data(), row.edge);
+    total = whole = std::accumulate(row.sums.begin(), row.sums.end(), 0.0);
+    for (long i : row.edge) whole += row.e[i];
+    if (total <= target && (whole >= target || lower == 0)) break;
+  }
+  std::sort(row.edge.begin(), row.edge.end(),
+            [&](long a, long b) { return row.e[a] > row.e[b] || (row.e[a] == row.e[b] && a < b); });
+  Kept kept{upper};
+  for (long i : row.edge) {
     if (total >= target) break;  // keeps the one that crosses top_p
-    kept.ids.push_back(i), total += e[i];
+    kept = {row.e[i], i};
+    row.sums[i / BLOCK] += row.e[i], total += row.e[i];
   }
-  std::sort(kept.ids.begin(), kept.ids.end());
   return kept;
 }
 
 // The first id of those kept at which the running sum exceeds its share `uniform` of the whole.
-static long draw(const double* e, long n, const Kept& kept, double uniform, int which) {
-  constexpr long BLOCK = 256;
-  const long blocks = (n + BLOCK - 1) / BLOCK;
-  static thread_local std::vector<double> sums;
-  sums.resize(blocks);
-  for (long b = 0; b < blocks; b++)
-    sums[b] = PICK(which, above)(e, b * BLOCK, std::min(n, (b + 1) * BLOCK), kept.least).sum;
-  for (long i : kept.ids) sums[i / BLOCK] += e[i];
-  double whole = 0, before = 0;
-  for (double sum : sums) whole += sum;
+static long draw(const Row& row, long n, const Kept& kept, double uniform) {
+  const auto is_kept = [&](long i) { return row.e[i] > kept.least || (row.e[i] == kept.least && i <= kept.last); };
+  const long blocks = row.sums.size();
+  const double whole = std::accumulate(row.sums.begin(), row.sums.end(), 0.0);
+  double before = 0;
   long b = 0, last = -1;
-  while (b + 1 < blocks && uniform >= (before + sums[b]) / whole) before += sums[b++];
-  for (;; b++) {  // rounding may put the end of the sum into a later block, or nowhere
-    for (long i = b * BLOCK; i < std::min(n, (b + 1) * BLOCK); i++)
-      if (e[i] > kept.least || std::binary_search(kept.ids.begin(), kept.ids.end(), i)) {
-        before += e[i], last = i;
-        if (uniform < before / whole) return i;
-      }
-    if (b + 1 >= blocks) break;
-  }
-  for (long i = n - 1; last < 0 && i >= 0; i--)
-    if (e[i] > kept.least || std::binary_search(kept.ids.begin(), kept.ids.end(), i)) last = i;
+  while (b + 1 < blocks && uniform >= (before + row.sums[b]) / whole) before += row.sums[b++];
+  for (long i = b * BLOCK; i < n; i++)  // rounding may put the end of the sum into a later block, or nowhere
+    if (is_kept(i)) {
+      before += row.e[i], last = i;
+      if (uniform < before / whole) return i;
+    }
+  for (long i = n - 1; last < 0; i--)
+    if (is_kept(i)) last = i;
   return last;
 }
 
 static long one_row(const float* x, long V, double temperature, long top_k, double top_p, double uniform, int which) {
-  const long best = PICK(which, largest)(x, V);
+  static thread_local std::vector<float> runs;
+  static thread_local Row row;
+  const long best = largest(x, V, runs, which);
   if (best < 0 || temperature == 0) return best;
   const double most = x[best];
   std::vector<float> candidates;
   std::vector<long> ids;  // of the candidates, ascending; empty: all
   if (0 < top_k && top_k < V) {
-    const float least = PICK(which, lower_bound_of_kth)(x, V, top_k);
-    PICK(which, at_least)(x, V, least, ids);
+    ids = at_least(x, V, top_k, runs);
     for (long i : ids) candidates.push_back(x[i]);
     std::nth_element(candidates.begin(), candidates.begin() + (top_k - 1), candidates.end(), std::greater<float>());
     const float kth = candidates[top_k - 1];
@@ -100,10 +130,11 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
     for (long i : ids) candidates.push_back(x[i]);
     x = candidates.data(), V = candidates.size();
   }
-  static thread_local std::vector<double> e;
-  e.resize(V);
-  const double sum = PICK(which, exponentials)(x, V, most, temperature, e.data());
-  const long at = draw(e.data(), V, top_p < 1.0 ? keep_top_p(e.data(), V, sum, top_p, which) : Kept{}, uniform, which);
+  const long blocks = (V + BLOCK - 1) / BLOCK;
+  row.e.resize(blocks * BLOCK), row.rounded.resize(blocks * BLOCK), row.sums.resize(blocks);
+  const double sum =
+      PICK(which, exponentials)(x, V, most, temperature, row.e.data(), row.rounded.data(), row.sums.data());
+  const long at = draw(row, V, top_p < 1.0 ? keep_top_p(row, V, sum, top_p, which) : Kept{}, uniform);
   return ids.empty() ? at : ids[at];
 }
 
@@ -115,31 +146,61 @@ static void for_rows(long S, long V, const Row& row) {
   else parallel(S, row);
 }
 
-// how: (3, S) float64: temperature, top_p, uniform.
+// Changes logits x of ids that were said, as kernels.sample says; on its end they are what they were.
+class Penalized {
+ public:
+  Penalized(float* x, const int64_t* said, long n, float repetition, double presence, double frequency)
+      : x_(x), said_(said), old_(n) {
+    for (long i = 0; i < n; i++) {
+      float& y = x[said[2 * i]];
+      const double count = said[2 * i + 1];
+      old_[i] = y;
+      y = (y > 0 ? y / repetition : y * repetition) - (float)(presence * (count > 0) + frequency * count);
+    }
+  }
+  ~Penalized() {
+    for (size_t i = 0; i < old_.size(); i++) x_[said_[2 * i]] = old_[i];
+  }
+
+ private:
+  float* x_;
+  const int64_t* said_;
+  std::vector<float> old_;
+};
+
+// how: (6, S) float64: temperature, top_p, uniform, and three penalties; said: (N, 2) int64, those of row s end before
+// ends[s].
 std::vector<paddle::Tensor> Sample(const paddle::Tensor& logits, const paddle::Tensor& top_k, const paddle::Tensor& how,
-                                   int instructions) {
+                                   const paddle::Tensor& said, const paddle::Tensor& ends, int instructions) {
   const long S = logits.shape()[0], V = logits.shape()[1];
   auto ids = paddle::empty({S}, paddle::DataType::INT64, logits.place());
   const int which = instructions < 0 ? level() : std::min(instructions, level());
   const double* h = how.data<double>();
+  const int64_t* end = ends.data<int64_t>();
   for_rows(S, V, [&](long s) {
-    ids.data<int64_t>()[s] =
-        one_row(logits.data<float>() + s * V, V, h[s], top_k.data<int64_t>()[s], h[S + s], h[2 * S + s], which);
+    float* x = const_cast<float*>(logits.data<float>()) + s * V;
+    const long begin = s ? end[s - 1] : 0;
+    const Penalized changed(x, said.data<int64_t>() + 2 * begin, end[s] - begin, h[3 * S + s], h[4 * S + s],
+                            h[5 * S + s]);
+    ids.data<int64_t>()[s] = one_row(x, V, h[s], top_k.data<int64_t>()[s], h[S + s], h[2 * S + s], which);
   });
   return {ids};
 }
 
 static std::vector<std::vector<int64_t>> SampleShape(const std::vector<int64_t>& logits,
                                                      const std::vector<int64_t>& top_k,
-                                                     const std::vector<int64_t>& how) {
+                                                     const std::vector<int64_t>& how,
+                                                     const std::vector<int64_t>& said,
+                                                     const std::vector<int64_t>& ends) {
   return {{logits[0]}};
 }
-static std::vector<paddle::DataType> SampleType(paddle::DataType logits, paddle::DataType top_k, paddle::DataType how) {
+static std::vector<paddle::DataType> SampleType(paddle::DataType logits, paddle::DataType top_k, paddle::DataType how,
+                                                paddle::DataType said, paddle::DataType ends) {
   return {paddle::DataType::INT64};
 }
 
 PD_BUILD_OP(cpu_sample)
-    .Inputs({"logits", "top_k", "how"})
+    .Inputs({"logits", "top_k", "how", "said", "ends"})
     .Outputs({"ids"})
     .Attrs({"instructions: int"})
     .SetKernelFn(PD_KERNEL(Sample))
@@ -147,10 +208,9 @@ PD_BUILD_OP(cpu_sample)
     .SetInferDtypeFn(PD_INFER_DTYPE(SampleType));
 
 // The count largest of x (V), the largest first, the first of equals.
-static std::vector<long> likeliest(const float* x, long V, long count, int which) {
-  std::vector<long> ids;
-  if (count == 0) return ids;
-  PICK(which, at_least)(x, V, PICK(which, lower_bound_of_kth)(x, V, count), ids);
+static std::vector<long> likeliest(const float* x, long V, long count, const std::vector<float>& runs) {
+  if (count == 0) return {};
+  auto ids = at_least(x, V, count, runs);
   std::partial_sort(ids.begin(), ids.begin() + count, ids.end(),
                     [&](long a, long b) { return x[a] > x[b] || (x[a] == x[b] && a < b); });
   ids.resize(count);
@@ -170,7 +230,8 @@ std::vector<paddle::Tensor> LogProbabilities(const paddle::Tensor& logits, const
     const float* x = logits.data<float>() + s * V;
     const double T = temperature.data<double>()[s];
     double* to = numbers.data<double>() + s * columns;
-    const long first = PICK(which, largest)(x, V);
+    static thread_local std::vector<float> runs;
+    const long first = largest(x, V, runs, which);
     if (first < 0) {  // not finite
       std::fill_n(to, columns, NAN);
       std::fill_n(best.data<int64_t>() + s * count, count, 0);
@@ -181,7 +242,7 @@ std::vector<paddle::Tensor> LogProbabilities(const paddle::Tensor& logits, const
     const auto log_probability = [&](long i) { return (x[i] - most) / T - std::log(all.sum); };
     to[0] = log_probability(ids.data<int64_t>()[s]), to[1] = std::log(all.sum) - all.dot / all.sum;
     long at = 0;
-    for (long i : likeliest(x, V, count, which)) {
+    for (long i : likeliest(x, V, count, runs)) {
       best.data<int64_t>()[s * count + at] = i;
       to[2 + at++] = log_probability(i);
     }

@@ -32,47 +32,30 @@ static INLINE vd dexp(vd x) {
   return (vd)((vl)(p * (vd)bits) & keep);
 }
 
-// Index of the first largest logit; -1 if any logit is NaN or the largest is infinite.
-static long largest(const float* x, long V) {
-  vf m = splat(-INFINITY);
-  vi bad = {};
-  long i = 0;
-  for (; i + VL <= V; i += VL) {
-    const vf y = load(x + i);
-    m = vmax(m, y), bad |= y != y;
-  }
-  float most = hmax(m);
-  int any = 0;
-  for (int l = 0; l < VL; l++) any |= bad[l];
-  for (; i < V; i++) most = std::max(most, x[i]), any |= x[i] != x[i];
-  if (any || !std::isfinite(most)) return -1;
-  return std::find(x, x + V, most) - x;
+// Where `count` logits begin that are x + at (n - at) and -infinity after them: there, or in `rest`.
+static INLINE const float* padded(const float* x, long n, long at, long count, float* rest) {
+  if (n - at >= count) return x + at;
+  std::fill(std::copy(x + at, x + n, rest), rest + count, -INFINITY);
+  return rest;
 }
 
-// exp((x - most) / temperature) in float64, and their sum.
-static double exponentials(const float* x, long n, double most, double temperature, double* e) {
-  constexpr long W = VL / 2;
-  const double inverse = 1.0 / temperature;
-  vd sum = {};
-  const auto part = [&](const float* from, double* to) __attribute__((always_inline)) {
-    vf_half y;
-    std::memcpy(&y, from, sizeof(y));
-    const vd z = dexp((__builtin_convertvector(y, vd) - most) * inverse);
-    std::memcpy(to, &z, sizeof(z));
-    sum += z;
-  };
-  long i = 0;
-  for (; i + W <= n; i += W) part(x + i, e + i);
-  if (i < n) {
-    float rest[W];
-    double values[W];
-    for (long l = 0; l < W; l++) rest[l] = i + l < n ? x[i + l] : -INFINITY;  // exp gives 0
-    part(rest, values);
-    std::copy(values, values + (n - i), e + i);
+// The largest of each run of x (V); false if a logit is NaN.
+static bool maxima(const float* x, long V, std::vector<float>& runs) {
+  vi bad = {};
+  runs.clear();
+  for (long i = 0; i < V; i += RUN) {
+    float rest[RUN];
+    const float* from = padded(x, V, i, RUN, rest);
+    vf m = splat(-INFINITY);
+    for (long j = 0; j < RUN; j += VL) {
+      const vf y = load(from + j);
+      m = vmax(m, y), bad |= y != y;
+    }
+    runs.push_back(hmax(m));
   }
-  double total = 0;
-  for (long l = 0; l < W; l++) total += sum[l];
-  return total;
+  int any = 0;
+  for (long l = 0; l < VL; l++) any |= bad[l];
+  return !any;
 }
 
 static INLINE double total_of(vd x) {
@@ -80,97 +63,85 @@ static INLINE double total_of(vd x) {
   for (long l = 0; l < VL / 2; l++) total += x[l];
   return total;
 }
+static INLINE vd halves_added(vf x) {
+  vf_half half[2];
+  std::memcpy(half, &x, sizeof(x));
+  return __builtin_convertvector(half[0], vd) + __builtin_convertvector(half[1], vd);
+}
 
-// The sum and the number of the values above `least`, of those [i, n).
-static Above above(const double* e, long i, long n, double least) {
-  constexpr long W = VL / 2;
-  vd sum[4] = {};
-  vl count[4] = {};
-  for (; i + 4 * W <= n; i += 4 * W)
-#pragma GCC unroll 4
-    for (long j = 0; j < 4; j++) {
-      vd y;
-      std::memcpy(&y, e + i + j * W, sizeof(y));
-      const vl counts = y > least;  // -1 where true
-      sum[j] += (vd)((vl)y & counts), count[j] += counts;
+// e = exp((x - most) / temperature), also rounded to float32, both zero up to the end of the last block; the sums of
+// blocks, and that of all.
+static double exponentials(const float* x, long n, double most, double temperature, double* e, float* rounded,
+                           double* sums) {
+  const double inverse = 1.0 / temperature;
+  double total = 0;
+  for (long i = 0; i < n; i += BLOCK) {
+    float rest[BLOCK];
+    const float* from = padded(x, n, i, BLOCK, rest);
+    vd sum = {};
+    for (long j = 0; j < BLOCK; j += VL / 2) {
+      vf_half y;
+      std::memcpy(&y, from + j, sizeof(y));
+      const vd z = dexp((__builtin_convertvector(y, vd) - most) * inverse);
+      y = __builtin_convertvector(z, vf_half);
+      std::memcpy(e + i + j, &z, sizeof(z)), std::memcpy(rounded + i + j, &y, sizeof(y));
+      sum += z;
     }
-  Above found{total_of((sum[0] + sum[1]) + (sum[2] + sum[3])), 0};
-  const vl all = (count[0] + count[1]) + (count[2] + count[3]);
-  for (long l = 0; l < W; l++) found.count -= all[l];
-  for (; i < n; i++)
-    if (e[i] > least) found.sum += e[i], found.count++;
-  return found;
+    total += *sums++ = total_of(sum);
+  }
+  return total;
 }
 
-// Indices of the values above `least` and not above `most`, ascending.
-static void between(const double* e, long n, double least, double most, std::vector<long>& ids) {
+// The sum of the values above `least`, each block in float32.
+static double above(const float* values, long blocks, float least) {
+  vd total = {};
+  for (long b = 0; b < blocks; b++) {
+    vf sum[2] = {};
+    for (long j = 0; j < BLOCK; j += 2 * VL)
+      for (long k = 0; k < 2; k++) {
+        const vf y = load(values + b * BLOCK + j + k * VL);
+        sum[k] += (vf)((vi)y & (y > least));
+      }
+    total += halves_added(sum[0] + sum[1]);
+  }
+  return total_of(total);
+}
+
+// The sum of each block's values above `most`; the indices of those above `least` and not above `most`, ascending.
+static void split(const double* e, long blocks, double least, double most, double* sums, std::vector<long>& between) {
   constexpr long W = VL / 2;
-  long i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    vl any = {};
-    for (long j = 0; j < 4; j++) {
-      vd y;
-      std::memcpy(&y, e + i + j * W, sizeof(y));
-      any |= (y > least) & (y <= most);
+  for (long b = 0; b < blocks; b++) {
+    vd sum = {};
+    for (long i = b * BLOCK; i < (b + 1) * BLOCK; i += 4 * W) {
+      vl any = {};
+      for (long j = i; j < i + 4 * W; j += W) {
+        vd y;
+        std::memcpy(&y, e + j, sizeof(y));
+        const vl is_more = y > most;
+        sum += (vd)((vl)y & is_more), any |= (y > least) & ~is_more;
+      }
+      long long found = 0;
+      for (long l = 0; l < W; l++) found |= any[l];
+      for (long j = i; found && j < i + 4 * W; j++)
+        if (e[j] > least && e[j] <= most) between.push_back(j);
     }
-    long long found = 0;
-    for (long l = 0; l < W; l++) found |= any[l];
-    for (long j = i; found && j < i + 4 * W; j++)
-      if (e[j] > least && e[j] <= most) ids.push_back(j);
+    sums[b] = total_of(sum);
   }
-  for (; i < n; i++)
-    if (e[i] > least && e[i] <= most) ids.push_back(i);
 }
 
-// A value that at least k of n values reach: the k-th largest of the maxima of runs; -infinity if there are fewer
-// runs.
-static float lower_bound_of_kth(const float* x, long n, long k) {
-  constexpr long RUN = 4 * VL;
-  if (n / RUN < 2 * k) return -INFINITY;
-  std::vector<float> of(n / RUN);
-  for (size_t r = 0; r < of.size(); r++) {
-    const float* at = x + r * RUN;
-    of[r] = hmax(vmax(vmax(load(at), load(at + VL)), vmax(load(at + 2 * VL), load(at + 3 * VL))));
-  }
-  std::nth_element(of.begin(), of.begin() + (k - 1), of.end(), std::greater<float>());
-  return of[k - 1];
-}
-
-// Indices of the values that reach `least`, ascending.
-static void at_least(const float* x, long n, float least, std::vector<long>& ids) {
-  long i = 0;
-  for (; i + 4 * VL <= n; i += 4 * VL) {
-    const vi any = (load(x + i) >= least) | (load(x + i + VL) >= least) | (load(x + i + 2 * VL) >= least) |
-                   (load(x + i + 3 * VL) >= least);
-    int found = 0;
-    for (long l = 0; l < VL; l++) found |= any[l];
-    for (long j = i; found && j < i + 4 * VL; j++)
-      if (x[j] >= least) ids.push_back(j);
-  }
-  for (; i < n; i++)
-    if (x[i] >= least) ids.push_back(i);
-}
-
-// Of z = (x - most) / temperature: the sums of exp(z) and of z exp(z), in float64.
+// Of z = (x - most) / temperature: the sums of exp(z) and of z exp(z), each block in float32.
 static Mass mass(const float* x, long n, float most, float temperature) {
   const float inverse = 1.0f / temperature;
-  vd sum[2] = {}, dot[2] = {};
-  const auto part = [&](vf y) __attribute__((always_inline)) {
-    const vf z = vmax((y - most) * inverse, splat(-87.0f)), e = vexp(z), product = z * e;
-    vf_half halves[2], products[2];
-    std::memcpy(halves, &e, sizeof(e)), std::memcpy(products, &product, sizeof(product));
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      sum[j] += __builtin_convertvector(halves[j], vd);
-      dot[j] += __builtin_convertvector(products[j], vd);
+  vd sum = {}, dot = {};
+  for (long i = 0; i < n; i += BLOCK) {
+    float rest[BLOCK];
+    const float* from = padded(x, n, i, BLOCK, rest);
+    vf of_block = {}, dot_of_block = {};
+    for (long j = 0; j < BLOCK; j += VL) {
+      const vf z = vmax((load(from + j) - most) * inverse, splat(-87.0f)), e = vexp(z);
+      of_block += e, dot_of_block += z * e;
     }
-  };
-  long i = 0;
-  for (; i + VL <= n; i += VL) part(load(x + i));
-  if (i < n) {
-    float rest[VL];
-    for (long l = 0; l < VL; l++) rest[l] = i + l < n ? x[i + l] : -INFINITY;  // exp gives 0
-    part(load(rest));
+    sum += halves_added(of_block), dot += halves_added(dot_of_block);
   }
-  return {total_of(sum[0] + sum[1]), total_of(dot[0] + dot[1])};
+  return {total_of(sum), total_of(dot)};
 }

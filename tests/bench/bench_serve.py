@@ -40,13 +40,14 @@ from serving.engine import Engine
 from serving.offline import measure
 from serving.runners import round_linears
 
-SAMPLING = {
-    "temperature": 0.8,
-    "top_p": 0.95,
+SAMPLING = {"greedy": {}, "temperature": {"temperature": 0.8}}  # each with what the one before has
+SAMPLING["top_p"] = SAMPLING["temperature"] | {"top_p": 0.95}
+SAMPLING["penalties"] = SAMPLING["top_p"] | {
     "repetition_penalty": 1.1,
     "presence_penalty": 0.2,
     "frequency_penalty": 0.1,
 }
+SAMPLING["reports"] = SAMPLING["penalties"] | {"logprobs": 2, "stop": ("\n\nUser:", "<|user|>")}
 SCHEMES = {"": None, "wint8": "w8", "wint4": "w4", "a8w8": "a8w8"}
 
 
@@ -61,7 +62,8 @@ def parse(argv):
     parser.add_argument("--new", type=int, default=128, help="ids of a reply")
     parser.add_argument("--reps", type=int, default=3, help="timed repetitions, after a warm-up")
     parser.add_argument("--kernels", default="auto", help="back ends, see kernels/__init__.py")
-    parser.add_argument("--sampling", action="store_true", help="temperature, top_p and penalties in place of greedy")
+    kinds = {"nargs": "?", "const": "penalties", "default": "greedy", "choices": list(SAMPLING)}
+    parser.add_argument("--sampling", **kinds, help="without a value: temperature, top_p and three penalties")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, which then makes the replies' text")
     parser.add_argument("--profile", action="store_true", help="Python's profile of one more repetition, on stderr")
     options = parser.parse_args(argv)
@@ -109,7 +111,7 @@ def main(argv=None):
     generator = np.random.default_rng(3)
     prompts = generator.integers(10, SHAPES[options.config]["vocab_size"], (batch, prompt)).tolist()
     prefill, decode, whole, around = [], [], [], []
-    sampling = SAMPLING if options.sampling else {}
+    sampling = SAMPLING[options.sampling]
     inside = timed(engine.runner)
     for i in range(options.reps + 1):
         inside.clear()

@@ -337,7 +337,7 @@ def drawn(logits, temperature, top_k, top_p, seeds):
 @on_each
 @pytest.mark.parametrize("S, V", [(1, 1), (40, 5), (60, 123), (30, 4096), (3, 32000)])
 @pytest.mark.parametrize("kind", ["spread", "flat", "ties", "banned"])
-def test_sample_equals_the_oracle(backend, S, V, kind):
+def test_sample_equals_the_oracle(backend, S, V, kind, monkeypatch):
     g = np.random.default_rng([S, V])
     logits = g.standard_normal((S, V)).astype(np.float32) * {"spread": 4, "flat": 0.01, "ties": 2, "banned": 3}[kind]
     if kind == "ties":
@@ -352,12 +352,10 @@ def test_sample_equals_the_oracle(backend, S, V, kind):
         actual = kernels.sample(paddle.to_tensor(logits), temperature, top_k, top_p, uniform)
     assert actual.dtype == paddle.int64 and actual.numpy().tolist() == expected.tolist()
     if backend == "cpu":
-        parameters = kernels.to_tensor(np.array([temperature, top_p, uniform]))
         for which in (0, 1):
-            again = cpu._C_ops._run_custom_op(
-                "cpu_sample", paddle.to_tensor(logits), kernels.to_tensor(top_k.astype(np.int64)), parameters, which
-            )[0]
-            assert again.numpy().tolist() == expected.tolist()
+            monkeypatch.setattr(cpu, "INSTRUCTIONS", which)
+            actual = kernels.sample(paddle.to_tensor(logits), temperature, top_k, top_p, uniform)
+            assert actual.tolist() == expected.tolist()
 
 
 @on_each
@@ -368,6 +366,26 @@ def test_sample_with_probabilities_that_sum_to_exactly_top_p(backend):
     with kernels.use(f"sample={backend}"):
         for top_p, expected in ((0.5, [0, 0, 2, 2, 2]), (0.25, [0] * 5), (1.0, [0, 2, 3, 4, 4])):
             assert kernels.sample(logits, np.ones(5), np.zeros(5, int), np.full(5, top_p), uniform).tolist() == expected
+
+
+@on_each
+def test_penalties_are_those_of_each_id_and_the_logits_stay(backend):
+    g, (S, V) = np.random.default_rng(2), (12, 3000)
+    logits = g.standard_normal((S, V)).astype(np.float32)
+    logits[:, ::7] = -np.inf
+    said = [np.stack([g.permutation(V)[:n], g.integers(0, 3, n)], 1) for n in (0, 1, 40, *[2500] * (S - 3))]
+    penalties = list(zip(g.choice([1.0, 0.8, 1.3], S), g.choice([0.0, 0.4, -0.2], S), g.choice([0.0, 0.3], S)))
+    changed = logits.copy()
+    for row, ids, (repetition, presence, frequency) in zip(changed, said, penalties):
+        for i, count in ids:
+            row[i] = row[i] / np.float32(repetition) if row[i] > 0 else row[i] * np.float32(repetition)
+            row[i] -= np.float32(presence * (count > 0) + frequency * count)
+    how = g.choice([0.0, 0.8], S), np.zeros(S, int), np.full(S, 0.9), g.random(S)
+    with kernels.use(f"sample={backend}"):
+        tensor = paddle.to_tensor(logits)
+        expected = kernels.sample(paddle.to_tensor(changed), *how).tolist()
+        assert kernels.sample(tensor, *how, said, penalties).tolist() == expected
+        assert np.array_equal(tensor.numpy(), logits) and kernels.sample(tensor, *how).tolist() != expected
 
 
 @on_each
