@@ -17,7 +17,7 @@ HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_tra
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
 norm, gelu before down_proj, a router without bias), a printed line says what is left out.
 
-Not here: fp8, quantization-aware training.
+Not here: fp8 (export.py --format fp8 writes e4m3 weights), quantization-aware training.
 """
 
 import dataclasses
@@ -146,6 +146,8 @@ class Args(ScriptArgs):
                 self.quant_type = by_bits.get(self.bits, MIXED)
         if self.weights_type not in BITS and (self.quant_type != MIXED or self.bits is None):
             names = f"{', '.join(BITS)}, and c8 after each"
+            if "fp8" in self.quant_type:
+                names += "; e4m3 weights need no calibration: export.py --format fp8 writes them"
             raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {names}")
         if self.bits is not None and self.bits != BITS.get(self.weights_type, self.bits):
             raise UserError(f"bits {self.bits:g} contradicts quant_type {self.quant_type}; leave one of them out")

@@ -85,6 +85,10 @@ class ActivationStats:
             values[:] = [(v - shift) / scale for v in values]
 
 
+class AllRecorded(Exception):
+    """Ends a run of a block whose other linears nobody asks for."""
+
+
 class ActivationRecorder(nn.Layer):
     """Stands in for a linear and records its inputs."""
 
@@ -92,6 +96,7 @@ class ActivationRecorder(nn.Layer):
         super().__init__()
         self.ref, self.layer, self.inputs = ref, ref.layer, inputs
         self.real, self.active = None, True
+        self.waiting = set()  # the recorders of this run that have not recorded yet, shared by them
 
     def forward(self, x, residual=None):
         if self.active:
@@ -99,6 +104,9 @@ class ActivationRecorder(nn.Layer):
             # A routed expert gets real tokens alone, see real_experts().
             all_real = self.real is None or self.ref.routed
             self.inputs.add(flat if all_real else flat.index_select(self.real))
+        self.waiting.discard(self)
+        if not self.waiting and not self.ref.routed:
+            raise AllRecorded
         return self.layer(x, residual)
 
 
@@ -133,7 +141,7 @@ class Calibration:
                 yield number, real, lambda: output()[0]
 
     def observe(self, block, refs, keep_hessian=False, keep_rows=0):
-        """[ActivationStats] of the linears in `refs`, by running the block once over all batches.
+        """[ActivationStats] of the linears in `refs`, by running the block over all batches as far as they need it.
 
         An expert that got fewer tokens than FEW * its inputs is shown all of them besides, in a second run: so few say
         nothing of most directions of its inputs, and it may well get others of other texts. Its stats say so.
@@ -158,9 +166,11 @@ class Calibration:
 
     def _record(self, block, recorders, every=()):
         for _, real, output in self.run(block, every):
+            waiting = set(recorders)
             for recorder in recorders:
-                recorder.real = real
-            output()
+                recorder.real, recorder.waiting = real, waiting
+            with contextlib.suppress(AllRecorded):
+                output()
 
     def advance(self, block, cache: "CacheRecorder | None" = None):
         """Replace the hidden states by the block's outputs."""

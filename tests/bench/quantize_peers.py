@@ -2,7 +2,7 @@
 
     PYTHON_OF_THE_TOOL tests/bench/quantize_peers.py --model SMOLLM2 TOOL:METHOD[:BITS[:GROUP]] …
 
-    gptqmodel:gptq:4:64   gptqmodel:act_order:4:128
+    gptqmodel:gptq:4:64   gptqmodel:act_order:4:128   (run in float16, its kernel for a CPU)
     llmcompressor:gptq:4:64   llmcompressor:awq:4:128   llmcompressor:w8a8   llmcompressor:smooth_w8a8
     auto_round:200:4:64 (steps)     torchao:int8   torchao:int4:4:64   torchao:w8a8
 
@@ -45,7 +45,7 @@ def gptqmodel(folder, rows, method, bits, group):
     seconds, peak = time.perf_counter() - start, peak_gb()
     with tempfile.TemporaryDirectory() as out:
         model.save(out)
-        return GPTQModel.load(out, device="cpu", dtype=torch.float32, backend=BACKEND.TORCH).model, seconds, peak
+        return GPTQModel.load(out, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH).model, seconds, peak
 
 
 def llmcompressor(folder, rows, method, bits, group):
