@@ -49,12 +49,14 @@ def gptqmodel(folder, rows, method, bits, group):
 
 
 def llmcompressor(folder, rows, method, bits, group):
+    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
+    torch.Tensor.pin_memory = lambda tensor: tensor  # AWQ's cache pins its memory, which needs a GPU
     weights = {"num_bits": bits, "type": "int", "symmetric": method != "awq", "strategy": "group", "group_size": group}
     groups = {"config_groups": {"g": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
     int8 = {"targets": "Linear", "scheme": "W8A8", "ignore": ["lm_head"]}
