@@ -866,15 +866,15 @@ def test_topologies_equal_one_process(name, request, world, tmp_path):
 BAD = {
     "a function that raises": (
         {"reward_funcs": "broken"},
-        r"broken: \S*train.jsonl:1: \S*rewards.py:6: ZeroDivisionError",
+        r"broken: \S*train.jsonl:1: \S*rewards.py:7: ZeroDivisionError",
     ),
     "nan": ({"reward_funcs": "not_a_number"}, r"not_a_number: \S*train.jsonl:1: returned nan"),
     "too few": ({"reward_funcs": "too_few"}, r"too_few: returned 1 values; a list of 24"),
     "slow": ({"reward_funcs": "slow", "reward_timeout": 0.1}, r"slow: no result after 0.1 s \(reward_timeout\)"),
-    "a function that exits": ({"reward_funcs": "leaves"}, r"leaves: \S*train.jsonl:3: \S*rewards.py:12: SystemExit: 0"),
+    "a function that exits": ({"reward_funcs": "leaves"}, r"leaves: \S*train.jsonl:3: \S*rewards.py:13: SystemExit: 0"),
     "one with a time limit": (
         {"reward_funcs": "leaves", "reward_timeout": 60.0},
-        r"leaves: \S*train.jsonl:3: \S*rewards.py:12: SystemExit: 0",
+        r"leaves: \S*train.jsonl:3: \S*rewards.py:13: SystemExit: 0",
     ),
     "no such function": ({"reward_funcs": "other"}, r"has no function 'other'; it has short"),
     "weights": ({"reward_weights": [1.0, 2.0]}, r"reward_weights: 2 numbers for 1 reward_funcs"),

@@ -1098,7 +1098,7 @@ def test_upstream_config(name, world, tmp_path, capfd):
 
 SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora": finetune, "pt": finetune, "dpo": dpo,
              "gptq": quantize, "ptq": quantize, "wint8": quantize, "hf": export, "static": export,
-             "serve": serve, "reward": reward, "rl": rl, "ppo": rl, "kto": dpo}  # fmt: skip
+             "serve": serve, "reward": reward, "rl": rl, "ppo": rl, "sums": rl, "kto": dpo}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda path: path.name)
