@@ -129,7 +129,7 @@ def _stay_apart(model, dtype):
     """Whether trained LoRAs are adapters beside rounded weights, as in the trainer; else weights are packed with them.
 
     bfloat16(W + A B) would be other numbers than the trainer's bfloat16(W) and A B."""
-    loras = [layer for layer in model.sublayers() if isinstance(layer, LoRALinear)]
+    loras = [layer for layer in model.layers.sublayers() if isinstance(layer, LoRALinear)]  # those of the blocks
     is_plain = all(_is_trained(lora) and lora.lora_magnitude_vector is None for lora in loras)
     return dtype == "bfloat16" and bool(loras) and is_plain and not model.config.experts
 

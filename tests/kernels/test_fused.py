@@ -201,6 +201,15 @@ def test_loras_that_are_trained_stay_beside_bfloat16_weights(tmp_path):
     set_parameter(lora.lora_B, 2 * lora.lora_B.numpy())
     assert difference(logits_of_steps(runner), logits_of_steps(given, ("lora2",) * 4)) > 1e-3
     assert difference(logits_of_steps(runner), logits_of_steps(PagedRunner(model, 32, 4))) < 0.03
+    model = apply_lora(
+        tiny_models.build("llama"), rank=2, targets=["lm_head"]
+    )  # none in the blocks: packed with the head's weight
+    assert (
+        difference(
+            logits_of_steps(FusedRunner(model, 32, 4, dtype="bfloat16")), logits_of_steps(PagedRunner(model, 32, 4))
+        )
+        < 0.03
+    )
 
 
 def test_loras_beside_integer_weights_and_those_that_are_not_covered(tmp_path):
