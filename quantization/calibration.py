@@ -104,9 +104,9 @@ class ActivationRecorder(nn.Layer):
             # A routed expert gets real tokens alone, see real_experts().
             all_real = self.real is None or self.ref.routed
             self.inputs.add(flat if all_real else flat.index_select(self.real))
-        self.waiting.discard(self)
-        if not self.waiting and not self.ref.routed:
-            raise AllRecorded
+            self.waiting.discard(self)
+            if not self.waiting and not self.ref.routed:
+                raise AllRecorded
         return self.layer(x, residual)
 
 
