@@ -97,9 +97,7 @@ class Args(LoraArgs):
     update_iters: int = 1  # passes over a rollout
     dynamic_sampling: bool = False  # replace groups whose rewards are all equal by groups of further prompts
     max_gen_batches: int = 32  # most batches of prompts for that, the first one included
-    rollout_dtype: str | None = (
-        None  # of the engine's weights: float32 or bfloat16; None: that of the trainer's products
-    )
+    rollout_dtype: str | None = None  # of the engine's weights: float32, bfloat16; None: as the trainer's products
     rollout_quant_type: str | None = None  # weight_only_int8: the engine's linears in int8, the rest in bfloat16
     offload_level: str | None = None  # some of OFFLOADS: models that are to be in host memory, as on a CPU they are
     rollout_max_num_seqs: int = -1  # most replies the engine writes at once; -1: all, at most 128
