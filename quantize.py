@@ -331,6 +331,8 @@ def quantize_model(
     report = progress.rows() if progress else []
     finished = progress.finished_blocks() if report else 0
     if finished:
+        for block in model.layers[:finished] if METHODS[args.method].float_targets else ():
+            calibration.float_outputs(block)
         progress.restore(model, quantization_config(args, skipped, report) | (mixed or {}))
     for index, block in enumerate(model.layers):
         if index >= finished:

@@ -20,7 +20,7 @@ from paddle import nn
 from arguments import ScriptArgs
 from model import Linear
 from quantization.awq import clip
-from quantization.calibration import Calibration, LinearRef
+from quantization.calibration import Calibration, LinearRef, real_rows
 
 
 class RoundedLinear(nn.Layer):
@@ -115,20 +115,10 @@ def bfloat16_products() -> Iterator[None]:
         kernels.bf16 = before
 
 
-def real_rows(x: paddle.Tensor, real: paddle.Tensor | None) -> paddle.Tensor:
-    """(B, T, D) -> (tokens, D), without padding."""
-    x = x.reshape([-1, x.shape[-1]])
-    return x if real is None else x.index_select(real)
-
-
-def outputs_of(block: nn.Layer, calibration: Calibration) -> list[paddle.Tensor]:
-    """A block's outputs (tokens, D) for each batch."""
-    return [real_rows(output(), real) for _, real, output in calibration.run(block)]
-
-
 def block_error(block: nn.Layer, calibration: Calibration, targets: list) -> float:
     """Mean of ||output - target||^2 / ||target||^2 over all tokens."""
-    errors = [relative_errors(o, t) for o, t in zip(outputs_of(block, calibration), targets)]
+    runs = calibration.run(block)
+    errors = [relative_errors(real_rows(output(), real), targets[number]) for number, real, output in runs]
     return float(paddle.concat(errors).mean())
 
 
@@ -169,10 +159,19 @@ def learn(
 
 
 def learn_block(
-    block: nn.Layer, refs: dict[str, LinearRef], parts: list, calibration: Calibration, args: ScriptArgs
+    block: nn.Layer,
+    refs: dict[str, LinearRef],
+    parts: list,
+    calibration: Calibration,
+    targets: list[paddle.Tensor],
+    args: ScriptArgs,
 ) -> dict[str, QuantizedWeight]:
-    """{path: codes} of the linears of a block, whose floats are left in place; parts: [[LinearGroup, …], …] of it."""
-    targets, rounded = outputs_of(block, calibration), {}
+    """{path: codes} of the linears of a block, whose floats are left in place; parts: [[LinearGroup, …], …] of it.
+
+    targets: a batch's outputs (tokens, D). They are those of the float model, while inputs are what the quantized
+    blocks before this one put out: what those lost, this one makes up for.
+    """
+    rounded = {}
     for parameter in block.parameters():
         parameter.stop_gradient = True
     for groups in parts:

@@ -115,6 +115,7 @@ class Calibration:
 
     def __init__(self, model, loader, batches):
         self.items = []  # a batch: [x (B, T, D), model.ForwardContext, places of real tokens or None]
+        self.float_states = None  # a batch: x as the float model has it, where a method asks for it
         model.eval()
         for index in range(batches):
             batch = loader.batch(0, index)
@@ -130,13 +131,14 @@ class Calibration:
     def tokens(self):
         return sum(int(x.shape[0] * x.shape[1] if real is None else real.shape[0]) for x, _, real in self.items)
 
-    def run(self, block, every=(), cache=None):
+    def run(self, block, every=(), cache=None, states=None):
         """Yields (batch number, places of real tokens, block's output) of each batch, which runs when called.
 
         every: experts that are given all tokens besides, for Recorders in them. cache: a KVCache for its attention.
+        states: a batch's x in place of the one in hand.
         """
         for number, (x, context, real) in enumerate(self.items):
-            output = functools.partial(block, x, context, cache=cache)
+            output = functools.partial(block, states[number] if states else x, context, cache=cache)
             with real_experts(block.mlp, real, every):
                 yield number, real, lambda: output()[0]
 
@@ -171,6 +173,12 @@ class Calibration:
                 recorder.real, recorder.waiting = real, waiting
             with contextlib.suppress(AllRecorded):
                 output()
+
+    def float_outputs(self, block):
+        """A float block's outputs (tokens, D) for each batch on what the float blocks before it put out."""
+        states = self.float_states or [x for x, *_ in self.items]
+        self.float_states = [output() for *_, output in self.run(block, states=states)]
+        return [real_rows(x, real) for x, (*_, real) in zip(self.float_states, self.items)]
 
     def advance(self, block, cache: "CacheRecorder | None" = None):
         """Replace the hidden states by the block's outputs."""
@@ -227,6 +235,12 @@ def real_experts(mlp: nn.Layer, real: paddle.Tensor | None, every: tuple = ()) -
         yield
     finally:
         del mlp.dispatch_and_combine
+
+
+def real_rows(x: paddle.Tensor, real: paddle.Tensor | None) -> paddle.Tensor:
+    """(B, T, D) -> (tokens, D), without padding."""
+    x = x.reshape([-1, x.shape[-1]])
+    return x if real is None else x.index_select(real)
 
 
 def real_positions(batch: dict, loader: object) -> np.ndarray:

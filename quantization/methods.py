@@ -30,6 +30,7 @@ class WeightOnly:
     class and a row in METHODS."""
 
     whole_block = False  # False: a group's inputs come through the quantized linears before it
+    float_targets = False  # whether a block's targets are what the float model puts out there
 
     def observes(self, args) -> dict:
         """Keyword arguments of Calibration.observe()."""
@@ -104,9 +105,12 @@ class AWQ(WeightOnly):
 class AutoRound(WeightOnly):
     """Weights alone, rounded up or down as lowers the error of the block's output (arXiv 2309.05516)."""
 
+    float_targets = True
+
     def start_block(self, block, refs, parts, calibration, args) -> list:
+        targets = calibration.float_outputs(block)  # before AWQ, as a run that goes on after a kill has them
         lines = super().start_block(block, refs, parts, calibration, args)
-        self.learned = learn_block(block, refs, parts, calibration, args)  # of this block, by path
+        self.learned = learn_block(block, refs, parts, calibration, targets, args)  # of this block, by path
         return lines
 
     def codes(self, ref, weight, plan, args) -> QuantizedWeight:
@@ -117,7 +121,7 @@ class A8W8:
     """Weights and activations in int8; the whole block is observed first, as smoothing moves factors between
     linears."""
 
-    whole_block = True
+    whole_block, float_targets = True, False
 
     def observes(self, args) -> dict:
         return {"keep_rows": args.search_tokens}

@@ -107,6 +107,7 @@ def test_the_report_is_what_was_written(world, tmp_path, capfd):  # noqa: F811
 RESUMED = {
     "gptq": {"do_gptq": True, **EVAL},
     "a8w8": {"do_ptq": True, "shift": True, "smooth": True, "smooth_all_linears": True},
+    "autoround": {"do_autoround": True, "do_awq": True, "autoround_iters": 4},  # targets are the float model's
     "mixed": {"do_ptq": True, "bits": 7.5, "group_size": 32, **EVAL},
 }
 

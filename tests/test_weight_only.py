@@ -31,7 +31,7 @@ from adapters import from_pretrained
 from formats.dequantize import unpack
 from formats.weights import save_pretrained
 from quantization import auto_round, awq, gptq
-from quantization.calibration import Calibration, linear_refs, sequential_groups
+from quantization.calibration import Calibration, linear_refs, real_rows, sequential_groups
 
 pytestmark = pytest.mark.sweep(keep=1)
 
@@ -212,8 +212,8 @@ def test_autoround_lowers_the_error_of_a_block_below_gptq_s():
     block = net.layers[0]
     with paddle.no_grad():
         calibration, refs = Calibration(net, make_loader(64, 2), 2), linear_refs(net, 0)
-        targets, floats = auto_round.outputs_of(block, calibration), {n: ref.layer for n, ref in refs.items()}
-        found = auto_round.learn_block(block, refs, sequential_groups(block, net.config), calibration, args)
+        targets, floats = calibration.float_outputs(block), {n: ref.layer for n, ref in refs.items()}
+        found = auto_round.learn_block(block, refs, sequential_groups(block, net.config), calibration, targets, args)
         assert all(refs[n].layer is layer for n, layer in floats.items()) and len(found) == len(refs)
         errors = []
         for codes in (lambda ref, stats: found[ref.path], None):
@@ -231,6 +231,27 @@ def test_autoround_lowers_the_error_of_a_block_below_gptq_s():
             for name, layer in floats.items():
                 setattr(refs[name].parent, refs[name].attribute, layer)
     assert errors[0] < 0.95 * errors[1], errors
+
+
+def test_targets_of_a_block_are_the_float_model_s(monkeypatch):
+    """Of each block, although the blocks before it are quantized."""
+    net, args = tiny_model(), make_args(do_autoround=True, quant_type="wint2", group_size=16, autoround_iters=2)
+    calibration, seen = Calibration(net, make_loader(64, 2), 2), []
+    with paddle.no_grad():
+        floats = Calibration(net, make_loader(64, 2), 2)
+        for block in net.layers:
+            floats.advance(block)
+            seen.append([real_rows(x, real).numpy() for x, _, real in floats.items])
+        learn = auto_round.learn
+
+        def learn_and_compare(block, linears, calibration, targets, args):
+            for target, right in zip(targets, seen.pop(0), strict=True):
+                np.testing.assert_array_equal(target.numpy(), right)
+            return learn(block, linears, calibration, targets, args)
+
+        monkeypatch.setattr(auto_round, "learn", learn_and_compare)
+        quantize.quantize_model(net, calibration, args, print_line=lambda line: None)
+        assert not seen and np.abs(calibration.items[0][0].numpy() - floats.items[0][0].numpy()).max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ GPTQ, static groups
