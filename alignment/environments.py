@@ -82,11 +82,27 @@ class Toolbox:
         if self.style is None:
             raise UserError("tools: the tokenizer's chat template writes calls in no form that is known here")
         self.functions, self.factory = functions, factory
-        offered = functions + (self.methods(factory()) if factory else [])
+        offered = functions + (self.methods(self.make_environment()) if factory else [])
         self.schemas = [tool_schema(function) for function in offered]
         names = [schema["function"]["name"] for schema in self.schemas]
         if len(set(names)) < len(names):
             raise UserError(f"tools: {', '.join(names)}: each needs its own name")
+
+    def make_environment(self) -> object:
+        return self._user_call(self.factory, "environment_factory")
+
+    def reset(self, environment: object, record: dict, where: str) -> str:
+        """The text that follows the prompt of the record at `where`, if any."""
+        return self._user_call(lambda: environment.reset(**record), f"environment_factory: {where}: reset()") or ""
+
+    def _user_call(self, call: Callable, name: str) -> object:
+        """call(), or UserError with what it raised."""
+        try:
+            return within(self.timeout, call, name)
+        except UserError:
+            raise
+        except FAILURES as error:
+            raise UserError(f"{name}: {type(error).__name__}: {error}") from error
 
     @staticmethod
     def methods(environment: object) -> list[Callable]:

@@ -218,7 +218,7 @@ def generate_groups(engine: Engine, dataset: PromptDataset, numbers: list[int], 
     if toolbox is None or toolbox.factory is None:
         prompts = [dataset.ids(number) for number in numbers]
     else:
-        environments = [[toolbox.factory() for _ in made] for made in environments]
+        environments = [[toolbox.make_environment() for _ in made] for made in environments]
         prompts = [_reset_prompt(dataset, number, made) for number, made in zip(numbers, environments)]
     requests = [Request(ids.tolist(), p) for ids, p in zip(prompts, params)]
     for number, ids, completions, made in zip(numbers, prompts, engine.generate(requests), environments):
@@ -242,10 +242,11 @@ def _turn(completion, where):
 
 def _reset_prompt(dataset, number, environments):
     """The prompt's ids, after reset() of the environments of all replies to it, which must say the same."""
-    texts = {environment.reset(**dataset.record(number)) or "" for environment in environments}
-    if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"environment_factory: {dataset.where(number)}: reset() must give all replies the same text")
-    return dataset.ids(number, texts.pop())
+    where, record = dataset.where(number), dataset.record(number)
+    texts = [dataset.toolbox.reset(environment, record, where) for environment in environments]
+    if not all(isinstance(text, str) and text == texts[0] for text in texts):
+        raise UserError(f"environment_factory: {where}: reset() must give all replies the same text")
+    return dataset.ids(number, texts[0])
 
 
 def _play_on(engine, dataset, groups, params):

@@ -40,6 +40,19 @@ def leave(code: int):
     raise SystemExit(code)
 
 
+class Unmade:
+    def __init__(self):
+        raise OSError("no room")
+
+
+class Broken:
+    def reset(self, **_):
+        raise KeyError("board")
+
+    def look(self) -> str:
+        """See."""
+
+
 class Counter:
     """What a reply has counted."""
 
@@ -214,6 +227,14 @@ def test_bad_tools(world, tools, tmp_path, capfd):  # noqa: F811
         "no type": ({"tools": f"{tools}:bare", "chat_template": "qwen3"}, r"tools: bare: a has no type; .*integer|int"),
         "no format": ({"tools": f"{tools}:add", "chat_template": "llama2"}, r"tools: .*no form that is known"),
         "no file": ({"tools": "gone.py:add", "chat_template": "qwen3"}, r"tools: gone.py: no such file"),
+        "not made": (
+            {"environment_factory": f"{tools}:Unmade", "chat_template": "qwen3"},
+            r"environment_factory: OSError: no room",
+        ),
+        "not reset": (
+            {"environment_factory": f"{tools}:Broken", "chat_template": "qwen3"},
+            r"environment_factory: \S+\.json.*: reset\(\): KeyError: 'board'",
+        ),
     }
     for name, (changes, message) in bad.items():
         path = tmp_path / "keys.json"
