@@ -8,7 +8,9 @@ or down. Where |W / s + V| is clipped, V does not matter. Steps start from the r
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import kernels
 from kernels.rounding import QuantizedWeight, stored_scale
@@ -55,17 +57,21 @@ class RoundedLinear(nn.Layer):
             codes += zero
             yield group, rows, scale, zero, ratio, codes
 
-    def refresh(self) -> None:
-        """Round the weight as it is learned so far."""
+    def round(self) -> np.ndarray:
+        """The weight (in, out), rounded as it is learned so far."""
         rounded = np.empty_like(self.W)
         for _, rows, scale, zero, _, codes in self.slabs():
             np.clip(codes, 0, self.top, out=codes)
             codes -= zero
             np.multiply(codes, scale, out=rounded[rows])
-        self.rounded = paddle.to_tensor(rounded, stop_gradient=False)
+        return rounded
 
     def forward(self, x, residual=None):
         return kernels.linear(x, self.rounded, self.layer.bias, residual)
+
+    def use(self, rounded: np.ndarray) -> None:
+        """Multiply by this weight from now on, and learn from its gradient."""
+        self.rounded = paddle.to_tensor(rounded, stop_gradient=False)
 
     def gradients(self) -> Iterator[tuple]:
         """(group, its rows, gradient of V (rows, out), of the factors (2, out)) from that of the rounded weight."""
@@ -86,10 +92,8 @@ class RoundedLinear(nn.Layer):
             kept *= scale
             yield group, rows, kept, np.stack([of_low, of_high])
 
-    def step(self, rate: float) -> None:
-        """A signed step of V and of the factors against the gradient."""
-        if self.rounded.grad is None:  # an expert without tokens
-            return
+    def step(self, rate: float) -> np.ndarray:
+        """A signed step of V and of the factors against the gradient; round() after it."""
         for group, rows, of_v, of_factors in self.gradients():
             own, ends = self.V[rows], self.factors[:, group]
             np.sign(of_v, out=of_v)
@@ -97,6 +101,7 @@ class RoundedLinear(nn.Layer):
             own -= of_v
             np.clip(own, -0.5, 0.5, out=own)
             ends[:] = np.clip(ends - rate * np.sign(of_factors), 0.5, 1.2)
+        return self.round()
 
     def quantized(self) -> QuantizedWeight:
         """The codes as they are learned so far, for scales as they are stored."""
@@ -138,18 +143,19 @@ def learn(
     The start is kept where the steps did not lower the error over all batches.
     """
     for linear in linears:
-        linear.refresh()
+        linear.use(linear.round())
     before, steps = block_error(block, calibration, targets), args.autoround_iters
     rate = args.autoround_lr or 1 / steps
     done = 0
-    with paddle.enable_grad(), bfloat16_products():
+    with paddle.enable_grad(), bfloat16_products(), ThreadPoolExecutor(os.cpu_count()) as pool:
         while done < steps:
             with contextlib.closing(calibration.run(block)) as batches:
                 for number, real, output in itertools.islice(batches, steps - done):
                     relative_errors(real_rows(output(), real), targets[number]).mean().backward()
-                    for linear in linears:
-                        linear.step(rate * (1 - done / steps))
-                        linear.refresh()
+                    learned = [linear for linear in linears if linear.rounded.grad is not None]  # experts with tokens
+                    rates = [rate * (1 - done / steps)] * len(learned)
+                    for linear, rounded in zip(learned, pool.map(RoundedLinear.step, learned, rates)):
+                        linear.use(rounded)
                     done += 1
     after = block_error(block, calibration, targets)
     if not after < before:
