@@ -11,7 +11,7 @@ Embeddings, norms and the head stay floats. The same command goes on after a kil
 One pass over the model, block by block: a block's linears see the outputs of the quantized blocks before it, and an
 expert's linears see the tokens routed to it. Memory: the model (each float weight is freed when its integers are
 there), the hidden states of the calibration tokens (see quantization/calibration.py), one batch in flight, and for
-linears that share an input one Hessian (n_in^2 float64, three times that while it is solved; for experts as many as
+linears that share an input one Hessian (n_in^2 float32, seven times that while it is factored; for experts as many as
 HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_train_batch_size * max_length.
 
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
@@ -278,7 +278,7 @@ def fit_to_memory(stage: list, refs: dict) -> list:
     """The groups of a stage in lists whose Hessians fit into HESSIAN_BYTES, or of one group."""
     lists, room = [], 0
     for group in stage:
-        size = 8 * refs[group.names[0]].layer.n_in ** 2
+        size = 4 * refs[group.names[0]].layer.n_in ** 2
         if size > room:
             lists.append([])
             room = HESSIAN_BYTES
@@ -377,7 +377,7 @@ def quantize_block(
     lines = method.start_block(block, refs, parts, calibration, args)
     if method.whole_block:
         observe([group for stage in stages for group in stage])
-        lines = method.prepare_block(block, refs, stats, model.config, args)
+        lines += method.prepare_block(block, refs, stats, model.config, args)
     for line in lines:
         print_once(line)
     for groups in parts:

@@ -19,7 +19,7 @@ class QuantizedWeight(NamedTuple):
 
     def weight(self):
         """(in, out) float32: what the codes stand for."""
-        return self.scales[self.groups] * (self.codes.astype(np.float32) - self.zeros[self.groups])
+        return self.scales[self.groups] * (self.codes.astype(np.float32) - self.zeros.astype(np.float32)[self.groups])
 
 
 def qparams(rows: np.ndarray, bits: int, sym: bool, shrink: float = 1.0) -> tuple:
@@ -49,9 +49,17 @@ def stored_scale(scale: np.ndarray) -> np.ndarray:
     return np.where(rounded > 0, rounded, np.float32(1.0))
 
 
+def steps_of(rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """Nearest codes less zero, in the dtype of rows (…, out), for scale and zero (out,)."""
+    zero, steps = zero.astype(rows.dtype), rows / scale
+    np.rint(steps, out=steps)
+    np.maximum(steps, -zero, out=steps)
+    return np.minimum(steps, 2**bits - 1 - zero, out=steps)
+
+
 def quantize_to_codes(rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
     """Nearest codes, uint8, of rows (…, out) for scale and zero (out,)."""
-    return np.clip(np.rint(rows / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
+    return (steps_of(rows, scale, zero, bits) + zero).astype(np.uint8)
 
 
 def group_numbers(n: int, group_size: int) -> np.ndarray:

@@ -4,12 +4,16 @@ plan = gptq_plan(hessian, desc_act=True)                    # once for all linea
 quantized = gptq(weight, plan, bits=4, group_size=128)      # QuantizedWeight: codes, scales, zeros, groups
 """
 
+import contextlib
+import itertools
 import math
 from typing import NamedTuple
 
-from kernels.rounding import QuantizedWeight, group_numbers, qparams, quantize_to_codes
+from kernels.rounding import QuantizedWeight, group_numbers, qparams, steps_of
 
 import numpy as np
+
+COLUMNS = 2048  # outputs that are solved at once
 
 
 def search_qparams(rows: np.ndarray, bits: int, sym: bool, importance: np.ndarray, least: float = 0.62) -> tuple:
@@ -17,12 +21,14 @@ def search_qparams(rows: np.ndarray, bits: int, sym: bool, importance: np.ndarra
 
     importance (n, n): a Hessian of the inputs of these rows, e^T H e is the error of e = row - rounded row; (n,): its
     diagonal alone."""
-    best, shrinks = None, 1.0 - 0.02 * np.arange(int((1 - least) / 0.02 + 1.5))
-    for shrink in shrinks:
-        scale, zero = qparams(rows, bits, sym, np.float32(shrink))
-        residual = rows - scale * (quantize_to_codes(rows, scale, zero, bits).astype(np.float32) - zero)
+    best, ends = None, np.stack([rows.min(0), rows.max(0)])  # all that qparams() takes of the rows
+    for shrink in 1.0 - 0.02 * np.arange(int((1 - least) / 0.02 + 1.5)):
+        scale, zero = qparams(ends, bits, sym, np.float32(shrink))
+        residual = steps_of(rows, scale, zero, bits)
+        residual *= scale
+        np.subtract(rows, residual, out=residual)
         if importance.ndim == 1:
-            error = importance @ (residual * residual)  # (out,)
+            error = importance @ np.square(residual, out=residual)  # (out,)
         else:
             error = np.einsum("io,io->o", importance @ residual, residual)
         if best is None:
@@ -33,47 +39,41 @@ def search_qparams(rows: np.ndarray, bits: int, sym: bool, importance: np.ndarra
     return best[1], best[2]
 
 
-def inverse_factor(hessian: np.ndarray, percdamp: float) -> tuple:
-    """Upper triangular R, float64, with (H + damping)^-1 = R^T R, and the damping as a share of H's mean diagonal.
-
-    Computed from a Cholesky factor of H in reverse order and a triangular inverse; H itself is never inverted. While H
-    is not positive definite, the damping is multiplied by ten.
-    """
-    mean = max(float(np.mean(np.diag(hessian))), np.finfo(np.float64).tiny)
-    damping = percdamp
-    while True:
-        damped = hessian + damping * mean * np.eye(len(hessian))
-        try:
-            factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]  # upper U with U U^T = damped
-            inverse = np.triu(np.linalg.inv(factor))
-            if np.isfinite(inverse).all():
-                return inverse, damping
-        except np.linalg.LinAlgError:
-            pass
-        damping = max(10 * damping, 1e-8)
-
-
 class GPTQPlan(NamedTuple):
     """What GPTQ computes from the inputs only, shared by all linears that read them."""
 
     order: np.ndarray  # (in,) the input row quantized at each step
-    factor: np.ndarray  # (in, in) float64: R of inverse_factor, rows and columns in that order
+    feedback: np.ndarray  # (in, in): how much of row i's error row k > i takes over, both in that order
+    importance: np.ndarray  # (in,): what the square of a corrected row's error counts for, the largest 1
     damping: float  # the damping used, as a share of the Hessian's mean diagonal
 
 
 def gptq_plan(hessian: np.ndarray, desc_act: bool = False, percdamp: float = 0.01) -> GPTQPlan:
-    """GPTQPlan for a Hessian X^T X / tokens (in, in) float64.
+    """GPTQPlan for a Hessian X^T X / tokens (in, in), in its dtype; the factor in between is float64.
 
-    desc_act quantizes the rows with the largest inputs first, while many rows are left to compensate for them.
+    With H = U U^T, U upper triangular, the loss of errors e = w - q is a sum over rows, e^T H e =
+    sum_k U_kk^2 (w_k + sum_{i<k} U_ik / U_kk e_i - q_k)^2: row k is best rounded once it has taken over these shares of
+    the errors before it. This is GPTQ's rule without its inverse of H (Chee et al., arXiv 2307.13304).
 
-    Rows whose input was always 0 (dead) are rounded to nearest: calibration says nothing about them, and other text may
-    use them.
+    desc_act quantizes the rows with the largest inputs first, while many rows are left to compensate for them. While H
+    is not positive definite, the damping is multiplied by ten. Rows whose input was always 0 (dead) are rounded to
+    nearest: calibration says nothing about them, and other text may use them.
     """
-    hessian = np.array(hessian, np.float64)
-    dead = np.diag(hessian) <= 0
-    hessian[dead, dead] = float(np.mean(np.diag(hessian))) or 1.0
-    order = np.argsort(-np.diag(hessian), kind="stable") if desc_act else np.arange(len(hessian))
-    return GPTQPlan(order, *inverse_factor(hessian[order][:, order], percdamp))
+    diagonal = hessian.diagonal().astype(np.float64)
+    diagonal[diagonal <= 0] = float(np.mean(diagonal)) or 1.0
+    order = np.argsort(-diagonal, kind="stable") if desc_act else np.arange(len(hessian))
+    last_first, dtype = order[::-1], hessian.dtype
+    mean, damping = max(float(np.mean(diagonal)), np.finfo(np.float64).tiny), percdamp
+    while True:
+        damped = hessian[np.ix_(last_first, last_first)].astype(np.float64)
+        np.fill_diagonal(damped, diagonal[last_first] + damping * mean)
+        with contextlib.suppress(np.linalg.LinAlgError):
+            factor = np.linalg.cholesky(damped)[::-1, ::-1]
+            own = factor.diagonal()
+            feedback = np.ascontiguousarray(factor / own, dtype)
+            if np.isfinite(feedback).all():
+                return GPTQPlan(order, feedback, np.square(own / own.max()).astype(dtype), damping)
+        damping = max(10 * damping, 1e-8)
 
 
 def gptq(
@@ -87,91 +87,82 @@ def gptq(
 ) -> QuantizedWeight:
     """QuantizedWeight of a weight (in, out), row by row; later rows compensate for each row's error (arXiv 2210.17323).
 
-    Groups are runs of rows in the plan's
-    order; with desc_act `groups` is therefore not sorted: rows of similar importance share a scale, which is fitted to
-    corrected weights. static_groups: groups are runs by position, whose scales are fitted to the weight as it was. They
-    need no look-up at run time; their errors were 1 to 5 % larger in four cases of five.
+    Groups are runs of rows in the plan's order; with desc_act `groups` is therefore not sorted: rows of similar
+    importance share a scale, which is fitted to corrected weights. static_groups: groups are runs by position, whose
+    scales are fitted to the weight as it was. They need no look-up at run time; their errors were 1 to 5 % larger in
+    four cases of five.
 
     search_range: solve with abs-max ranges and with searched ones and take the better per output column (columns are
     independent), so the loss is never larger than without it.
     """
-    factor, groups = plan.factor.astype(weight.dtype), group_numbers(len(weight), group_size)
-    in_order, best = groups[plan.order] if static_groups else groups, None
-    for search in (False, True) if search_range else (False,):
-        grids = static_grids(weight, plan, groups, bits, sym, search) if static_groups else None
-        *found, loss = gptq_solve(weight[plan.order], factor, in_order, bits, sym, search, grids)
-        if best is None:
-            best, least = found, loss
-        else:
-            best = [np.where(loss < least, new, old) for new, old in zip(found, best)]  # loss (out,)
-    codes, scales, zeros = best
-    back = np.argsort(plan.order, kind="stable")
+    groups, searches = group_numbers(len(weight), group_size), (False, True) if search_range else (False,)
+    in_order, back = groups[plan.order] if static_groups else groups, np.argsort(plan.order, kind="stable")
+    parts = []
+    for first in range(0, weight.shape[1], COLUMNS):
+        some = weight[:, first : first + COLUMNS]
+        grids = static_grids(some, plan, groups, bits, sym, searches) if static_groups else None
+        *found, loss = gptq_solve(some[plan.order], plan, in_order, bits, sym, searches, grids)
+        parts.append([np.where(loss[-1] < loss[0], values[:, -1], values[:, 0]) for values in found])
+    codes, scales, zeros = (np.concatenate(values, 1) for values in zip(*parts))
     return QuantizedWeight(codes[back], scales, zeros, in_order[back])
 
 
-def static_grids(
-    weight: np.ndarray, plan: GPTQPlan, groups: np.ndarray, bits: int, sym: bool, search_range: bool
-) -> tuple:
-    """(scales, zeros), each (groups, out), of runs of rows by position, of the weight before any correction."""
-    size, grids, importance = (groups == 0).sum(), [], np.empty(len(weight), weight.dtype)
-    importance[plan.order] = (plan.factor.diagonal().min() / plan.factor.diagonal()) ** 2
-    for first in range(0, len(weight), size):
-        rows, some = weight[first : first + size], importance[first : first + size]
-        grids.append(search_qparams(rows, bits, sym, some) if search_range else qparams(rows, bits, sym))
-    return tuple(np.stack(values) for values in zip(*grids))
+def grids_of(rows: np.ndarray, importance: np.ndarray, bits: int, sym: bool, searches: tuple) -> tuple:
+    """(scales, zeros), each (searches, out), of a group's rows (n, 1 or searches, out), searched or by abs max."""
+    some = np.broadcast_to(rows, (len(rows), len(searches), rows.shape[-1]))
+    found = [
+        search_qparams(some[:, i], bits, sym, importance) if search else qparams(some[:, i], bits, sym)
+        for i, search in enumerate(searches)
+    ]
+    return tuple(np.stack(values) for values in zip(*found))
+
+
+def static_grids(weight: np.ndarray, plan: GPTQPlan, groups: np.ndarray, bits: int, sym: bool, searches: tuple) -> list:
+    """[(scales, zeros) of grids_of()] of runs of rows by position, of the weight before any correction."""
+    size, importance = (groups == 0).sum(), np.empty_like(plan.importance)
+    importance[plan.order] = plan.importance
+    runs = [np.s_[first : first + size] for first in range(0, len(weight), size)]
+    return [grids_of(weight[run, None], importance[run], bits, sym, searches) for run in runs]
 
 
 def gptq_solve(
-    work: np.ndarray,
-    factor: np.ndarray,
+    weight: np.ndarray,
+    plan: GPTQPlan,
     groups: np.ndarray,
     bits: int,
     sym: bool,
-    search_range: bool,
-    grids: tuple | None,
-    block: int = 128,
+    searches: tuple,
+    grids: list | None,
+    block: int = 32,
 ) -> tuple:
-    """(codes, scales, zeros, loss (out,)) of weight rows `work` (in, out), quantized from the first to the last.
+    """Codes (in, searches, out), scales and zeros (groups, searches, out), loss (searches, out) of a weight (in, out).
 
-    Row q is rounded, and R[q, j]/R[q, q] times its error is subtracted from every later row j, R being `factor`; this
-    is done in blocks of `block` rows, so that most of the work is matrix products. The loss is the sum of (error /
-    R[q, q])^2. grids: (scales, zeros) of every group; None: a group's are chosen when its first row is reached, from
-    its rows as corrected so far."""
-    n_in, work = len(work), work.copy()
-    importance = (factor.diagonal().min() / factor.diagonal()) ** 2
-    starts = np.flatnonzero(np.diff(groups, prepend=-1))
-    scales, zeros = ([], []) if grids is None else map(list, grids)
-    codes, loss = np.empty(work.shape, np.uint8), np.zeros(work.shape[1], work.dtype)
-    for start in range(0, n_in, block):
-        end = min(start + block, n_in)
-        errors = np.zeros((end - start, work.shape[1]), work.dtype)
-        for q in range(start, end):
-            if grids is None and len(scales) < len(starts) and q == starts[len(scales)]:
-                last = q + int((groups == groups[q]).sum())
-                rows = work[q:last].copy()
-                if last > end:  # rows past this block lack the corrections of its rows so far
-                    rows[end - q :] -= factor[start:q, end:last].T @ errors[: q - start]
-                if search_range:
-                    scale, zero = search_qparams(rows, bits, sym, importance[q:last])
-                else:
-                    scale, zero = qparams(rows, bits, sym)
-                scales.append(scale)
-                zeros.append(zero)
-            scale, zero = scales[groups[q]], zeros[groups[q]]
-            codes[q] = quantize_to_codes(work[q], scale, zero, bits)
-            rounded = scale * (codes[q].astype(work.dtype) - zero)
-            errors[q - start] = (work[q] - rounded) / factor[q, q]
-            work[q + 1 : end] -= factor[q, q + 1 : end, None] * errors[q - start]
-        work[end:] -= factor[start:end, end:].T @ errors
-        loss += np.square(errors).sum(0)
-    return codes, np.stack(scales), np.stack(zeros), loss
-
-
-def output_error(weight: np.ndarray, rounded: np.ndarray, hessian: np.ndarray) -> float:
-    """||X (W - Q)|| / ||X W|| from X^T X, up to any factor of it."""
-
-    def size(w):
-        return math.sqrt(max(0.0, float(np.sum((hessian @ w) * w))))
-
-    weight = weight.astype(np.float64)
-    return size(weight - rounded) / max(size(weight), 1e-300)
+    Its rows are in the plan's order, and so are `groups`; it is solved once for each of `searches` at the same time.
+    Row k is rounded after it took over feedback[i, k] times the error of every row i before it: those before its group
+    and before its block in a product of matrices each, those of its block one by one. grids: those of all groups; None:
+    a group's are chosen when it is reached, from its rows as they would be if they were left exact from there on."""
+    n_in, shape = len(weight), (len(searches), weight.shape[1])
+    bounds = [*np.flatnonzero(np.diff(groups, prepend=-1)), n_in] if grids is None else [0, n_in]
+    feedback, codes = plan.feedback, np.empty((n_in, *shape), np.uint8)
+    errors = np.empty((n_in, math.prod(shape)), weight.dtype)  # weight - rounded weight
+    loss, chosen = np.zeros(shape, weight.dtype), list(grids or ())
+    for first, end in itertools.pairwise(bounds):
+        moved = feedback[:first, first:end].T @ errors[:first]
+        if grids is None:
+            exact = np.linalg.inv(feedback[first:end, first:end]).T @ moved if first else moved
+            rows = weight[first:end, None] + exact.reshape(-1, *shape)
+            chosen.append(grids_of(rows, plan.importance[first:end], bits, sym, searches))
+        for start in range(first, end, block):
+            own = np.s_[start : min(start + block, end)]
+            rows = moved[own.start - first : own.stop - first] + feedback[first:start, own].T @ errors[first:start]
+            rows = weight[own, None] + rows.reshape(-1, *shape)
+            for k, row in enumerate(rows, start):
+                row += (feedback[start:k, k] @ errors[start:k]).reshape(shape)
+                scale, zero = chosen[groups[k]]
+                steps = steps_of(row, scale, zero, bits)
+                np.add(steps, zero, out=codes[k], casting="unsafe")
+                steps *= scale
+                np.subtract(weight[k], steps, out=errors[k].reshape(shape))
+                row -= steps
+            loss += np.einsum("k,kso,kso->so", plan.importance[own], rows, rows)
+    return codes, *(np.stack(values) for values in zip(*chosen)), loss

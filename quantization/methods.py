@@ -18,8 +18,13 @@ from formats.files import UserError
 from model import QuantLinear
 from quantization.auto_round import learn_block
 from quantization.awq import clip, scale_block
-from quantization.gptq import gptq, gptq_plan, output_error
+from quantization.gptq import gptq, gptq_plan
 from quantization.smoothing import prepare_block
+
+
+def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
+    """||found - exact|| / ||exact||."""
+    return float(np.linalg.norm(found - exact) / max(np.linalg.norm(exact), 1e-30))
 
 
 class WeightOnly:
@@ -29,12 +34,12 @@ class WeightOnly:
     how one linear is replaced (`quantize`), and what config.json tells other tools (`config`). A new method is such a
     class and a row in METHODS."""
 
-    whole_block = False  # False: a group's inputs come through the quantized linears before it
+    whole_block = True  # False: a group's inputs come through the quantized linears before it
     float_targets = False  # whether a block's targets are what the float model puts out there
 
     def observes(self, args) -> dict:
         """Keyword arguments of Calibration.observe()."""
-        return {"keep_hessian": True}
+        return {"keep_rows": args.search_tokens}
 
     def start_block(self, block, refs, parts, calibration, args) -> list:
         """What is done to a block of float weights before its linears are observed; lines that say what was left out.
@@ -47,15 +52,15 @@ class WeightOnly:
         return []
 
     def prepare(self, stats, args):
-        """What all linears that read one input share: (Hessian, None)."""
-        return stats.mean_hessian(), None
+        """What all linears that read one input share: (inputs that errors are measured on, what codes() takes)."""
+        return stats.sample(), None
 
     def codes(self, ref, weight, plan, args) -> QuantizedWeight:
         return round_to_nearest(weight, args.bits, args.group_size, args.sym)
 
     def quantize(self, ref, stats, shared, args) -> tuple:
         """Replace a linear by its codes; (relative error of its outputs, damping of the Hessian or None)."""
-        weight, (hessian, plan) = ref.layer.weight.numpy(), shared
+        weight, (rows, plan) = ref.layer.weight.numpy(), shared
         try:
             quantized = self.codes(ref, weight, plan, args)
             in_order = not self.config(args)["desc_act"]
@@ -71,7 +76,8 @@ class WeightOnly:
             qzeros=pack_zeros(quantized.zeros, args.bits),
             g_index=quantized.groups,
         )
-        return output_error(weight, quantized.weight(), hessian), getattr(plan, "damping", None)
+        exact = rows @ weight
+        return relative_error(rows @ quantized.weight(), exact), getattr(plan, "damping", None)
 
     def config(self, args) -> dict:
         """quantization_config in the words of GPTQ tools; desc_act: whether groups are in the order of the inputs."""
@@ -82,9 +88,13 @@ class WeightOnly:
 class GPTQ(WeightOnly):
     """Weights alone, the error of each row made up for by the rows to come (arXiv 2210.17323)."""
 
+    whole_block = False
+
+    def observes(self, args) -> dict:
+        return {**super().observes(args), "keep_hessian": True}
+
     def prepare(self, stats, args):
-        hessian = stats.mean_hessian()
-        return hessian, gptq_plan(hessian, args.desc_act, args.percdamp)
+        return stats.sample(), gptq_plan(stats.mean_hessian(), args.desc_act, args.percdamp)
 
     def codes(self, ref, weight, plan, args) -> QuantizedWeight:
         return gptq(weight, plan, args.bits, args.group_size, args.sym, args.search_range, args.static_groups)
@@ -93,8 +103,13 @@ class GPTQ(WeightOnly):
 class AWQ(WeightOnly):
     """Weights alone, to nearest in ranges that are searched (auto_clip), after channels were scaled (do_awq)."""
 
+    whole_block = False
+
+    def observes(self, args) -> dict:
+        return {**super().observes(args), "keep_hessian": args.auto_clip}
+
     def prepare(self, stats, args):
-        return (stats.mean_hessian(),) * 2
+        return stats.sample(), stats.mean_hessian() if args.auto_clip else None
 
     def codes(self, ref, weight, plan, args) -> QuantizedWeight:
         if not args.auto_clip:
@@ -143,8 +158,7 @@ class A8W8:
         rows = np.concatenate(stats.rows)
         ref.replace(layer, qweight=codes, scales=scales, **tensors)
         exact = rows @ weight
-        rounded = layer.product(kernels.to_tensor(rows)).numpy()
-        return float(np.linalg.norm(rounded - exact) / max(np.linalg.norm(exact), 1e-30)), None
+        return relative_error(layer.product(kernels.to_tensor(rows)).numpy(), exact), None
 
     def config(self, args) -> dict:
         return {"quant_method": "a8w8", "activation": args.activation, "sym": True, "desc_act": False}

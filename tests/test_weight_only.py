@@ -19,6 +19,7 @@ from test_quantize import (
     make_args,
     make_loader,
     mean_hessian,
+    output_error,
     plain_gptq,
     run,
     tiny_model,
@@ -270,7 +271,7 @@ def test_static_groups_equal_the_plain_algorithm(bits, size, sym, desc_act):
     np.testing.assert_array_equal(found.groups, np.arange(56) // size)
     nearest = rounding.round_to_nearest(weight.astype(np.float32), bits, size, sym)
     errors = [
-        gptq.output_error(weight, q.weight(), hessian)
+        output_error(weight, q.weight(), hessian)
         for q in (gptq.gptq(weight, plan, bits, size, sym, True, True), nearest)
     ]
     assert errors[0] < 0.7 * errors[1]
