@@ -74,7 +74,7 @@ class Args(ScriptArgs):
     do_eval: bool = False  # perplexity and accuracy on dev, before and after
     max_evaluate_steps: int = -1  # > 0: at most this many batches an evaluation
     do_ptq: bool = False  # round to nearest: weights, and with a8w8 activations
-    do_gptq: bool = False  # weights by GPTQ
+    do_gptq: bool = False  # weights by GPTQ; with quant_type a8w8 after shift and smooth
     do_autoround: bool = False  # weights by rounding that gradients choose
     do_awq: bool = False  # weights alone: first scale channels by the size of their inputs
     awq_step: int = 8  # do_awq: calibration batches
@@ -151,7 +151,7 @@ class Args(ScriptArgs):
             raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {names}")
         if self.bits is not None and self.bits != BITS.get(self.weights_type, self.bits):
             raise UserError(f"bits {self.bits:g} contradicts quant_type {self.quant_type}; leave one of them out")
-        for key in ("do_gptq", "do_autoround", "do_awq", "auto_clip"):
+        for key in ("do_autoround", "do_awq", "auto_clip"):
             if getattr(self, key) and self.weights_type == "a8w8":
                 raise UserError(
                     f"{key} quantizes weights alone: quant_type must be weight_only_int4 or another of them"
@@ -248,7 +248,7 @@ class Args(ScriptArgs):
     def method(self):
         """The row of METHODS."""
         if self.weights_type == "a8w8":
-            return "a8w8"
+            return "a8w8_gptq" if self.do_gptq else "a8w8"
         names = {"autoround": self.do_autoround, "gptq": self.do_gptq, "awq": self.do_awq or self.auto_clip}
         return next((name for name, chosen in names.items() if chosen), "rtn")
 
@@ -263,7 +263,7 @@ class Args(ScriptArgs):
             ]
             return "_".join(filter(None, parts))
         search = "search" if self.smooth and self.smooth_piecewise_search else ""
-        parts = ["shift" if self.shift else "", "smooth" if self.smooth else "", search]
+        parts = ["shift" if self.shift else "", "smooth" if self.smooth else "", search, "gptq" if self.do_gptq else ""]
         return "_".join(filter(None, parts)) or "rtn"
 
 
@@ -368,21 +368,23 @@ def quantize_block(
     stages = without_skipped(stages, {name for name, ref in refs.items() if ref.path in skipped})
     stats = {}  # by the name of a group's first linear
 
-    def observe(groups):
+    def observe(groups, **keep):
         firsts = [group.names[0] for group in groups]
-        observed = calibration.observe(block, [refs[name] for name in firsts], **method.observes(args))
-        stats.update(zip(firsts, observed))
+        return dict(zip(firsts, calibration.observe(block, [refs[name] for name in firsts], **keep)))
 
     parts = [part for stage in stages for part in fit_to_memory(stage, refs)]
     lines = method.start_block(block, refs, parts, calibration, args)
     if method.whole_block:
-        observe([group for stage in stages for group in stage])
+        stats = observe([group for stage in stages for group in stage], **method.observes(args))
         lines += method.prepare_block(block, refs, stats, model.config, args)
     for line in lines:
         print_once(line)
     for groups in parts:
         if not method.whole_block:
-            observe(groups)
+            stats = observe(groups, **method.observes(args))
+        elif method.needs_hessian:
+            for name, found in observe(groups, keep_hessian=True).items():
+                stats[name].hessian, stats[name].tokens = found.hessian, found.tokens
         for group in groups:
             group_stats = stats.pop(group.names[0])
             shared = method.prepare(group_stats, args)
@@ -429,7 +431,7 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
     path = args.dataset_name_or_path
     a8w8_steps = max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
     awq_steps = max(args.awq_step * args.do_awq, args.autoclip_step * args.auto_clip)
-    steps = {"a8w8": a8w8_steps, "awq": awq_steps}.get(args.method, args.gptq_step)
+    steps = {"a8w8": a8w8_steps, "a8w8_gptq": a8w8_steps, "awq": awq_steps}.get(args.method, args.gptq_step)
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
         size, T = args.per_device_train_batch_size, args.max_length
         calibration = CorpusLoader(path, args.split, "train", steps * size, T, size, seed=args.seed)

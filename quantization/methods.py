@@ -19,7 +19,7 @@ from model import QuantLinear
 from quantization.auto_round import learn_block
 from quantization.awq import clip, scale_block
 from quantization.gptq import gptq, gptq_plan
-from quantization.smoothing import prepare_block
+from quantization.smoothing import prepare_block, some_rows
 
 
 def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
@@ -36,6 +36,7 @@ class WeightOnly:
 
     whole_block = True  # False: a group's inputs come through the quantized linears before it
     float_targets = False  # whether a block's targets are what the float model puts out there
+    needs_hessian = False  # of the prepared block besides, as inputs come through the quantized linears before them
 
     def observes(self, args) -> dict:
         """Keyword arguments of Calibration.observe()."""
@@ -132,14 +133,21 @@ class AutoRound(WeightOnly):
         return self.learned.pop(ref.path)
 
 
+STATISTICS_ROWS = 8  # tokens that channels are described by, of each that an error is measured on
+
+
 class A8W8:
     """Weights and activations in int8; the whole block is observed first, as smoothing moves factors between
     linears."""
 
-    whole_block, float_targets = True, False
+    whole_block, float_targets, needs_hessian = True, False, False
 
     def observes(self, args) -> dict:
-        return {"keep_rows": args.search_tokens}
+        return {"keep_rows": args.search_tokens * (STATISTICS_ROWS if args.smooth_piecewise_search else 1)}
+
+    def codes(self, weight, plan, args) -> tuple:
+        """Codes (in, out) int8 and scales (out,)."""
+        return int8_weight(weight)
 
     def start_block(self, block, refs, parts, calibration, args) -> list:
         return []
@@ -152,10 +160,10 @@ class A8W8:
     def quantize(self, ref, stats, shared, args) -> tuple:
         """Replace a linear by its int8 codes; (relative error of rounded inputs and weights, None)."""
         weight, static = ref.layer.weight.numpy(), stats.scale
-        codes, scales = int8_weight(weight)
+        codes, scales = self.codes(weight, shared, args)
         layer = QuantLinear(*weight.shape, "a8w8", bias=ref.layer.bias is not None, static_input=static is not None)
         tensors = {} if static is None else {"input_scale": np.array([static], np.float32)}
-        rows = np.concatenate(stats.rows)
+        rows = some_rows(stats, args.search_tokens)
         ref.replace(layer, qweight=codes, scales=scales, **tensors)
         exact = rows @ weight
         return relative_error(layer.product(kernels.to_tensor(rows)).numpy(), exact), None
@@ -164,4 +172,29 @@ class A8W8:
         return {"quant_method": "a8w8", "activation": args.activation, "sym": True, "desc_act": False}
 
 
-METHODS = {"rtn": WeightOnly(), "gptq": GPTQ(), "awq": AWQ(), "autoround": AutoRound(), "a8w8": A8W8()}
+class A8W8GPTQ(A8W8):
+    """A8W8 whose weights are rounded by GPTQ, with the smoothed inputs that come through the quantized linears before.
+
+    A scale of its own for each output, whatever the order of the rows: they always go by the size of their inputs."""
+
+    needs_hessian = True
+
+    def prepare(self, stats, args):
+        return gptq_plan(stats.mean_hessian(), True, args.percdamp)
+
+    def codes(self, weight, plan, args) -> tuple:
+        found = gptq(weight, plan, 8, search_range=False)  # smaller ranges are of use with few bits
+        return (found.codes.astype(np.int16) - 128).astype(np.int8), found.scales[0]
+
+    def quantize(self, ref, stats, shared, args) -> tuple:
+        return super().quantize(ref, stats, shared, args)[0], shared.damping
+
+
+METHODS = {
+    "rtn": WeightOnly(),
+    "gptq": GPTQ(),
+    "awq": AWQ(),
+    "autoround": AutoRound(),
+    "a8w8": A8W8(),
+    "a8w8_gptq": A8W8GPTQ(),
+}

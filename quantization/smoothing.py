@@ -73,38 +73,36 @@ def input_scale(inputs: ActivationStats, method: str, smoothing: np.ndarray | fl
     return np.float32(max(value, 1e-8) / 127)
 
 
+def some_rows(inputs: ActivationStats, tokens: int) -> np.ndarray:
+    """(at most `tokens`, n) of the sampled rows, evenly."""
+    rows = np.concatenate(inputs.rows)
+    return rows[:: -(-len(rows) // tokens)] if len(rows) > tokens else rows
+
+
 class RoundingError:
-    """The error of one input X (tokens, n) and weight W (n, out) in int8, on the sampled rows, for any factors s (n,).
+    """The error of one input X (tokens, n) and weight W (n, out) in int8, on some rows and outputs, for any factors s.
 
     It is the mean over tokens of ||Q(X/s) Q(sW) - XW||^2 / ||XW||^2, so that a few tokens with huge outputs do not
     decide alone; a token of small outputs counts by the median token's. The products are those of kernels.quant_linear.
     """
 
-    COLUMNS = 768  # outputs of one product
+    OUTPUTS = 512  # at most so many, evenly: the error is much the same in all
 
-    def __init__(self, inputs: ActivationStats, weight: np.ndarray):
-        self.rows = np.concatenate(inputs.rows)
-        exact = self.rows @ weight
-        size = np.square(exact).sum(1)
+    def __init__(self, inputs: ActivationStats, weight: np.ndarray, tokens: int):
+        self.rows = some_rows(inputs, tokens)
+        self.weight = np.ascontiguousarray(weight[:, :: -(-weight.shape[1] // self.OUTPUTS)])
+        self.exact = self.rows @ self.weight
+        size = np.square(self.exact).sum(1)
         size = np.maximum(size, max(float(np.median(size)), 1e-30))
         self.token_weights = 1 / (len(size) * size)  # (tokens,)
-        starts = range(0, weight.shape[1], self.COLUMNS)
-        columns = [slice(start, start + self.COLUMNS) for start in starts]
-        self.parts = [(np.ascontiguousarray(weight[:, c]), np.ascontiguousarray(exact[:, c])) for c in columns]
 
-    def measure(self, scale: np.ndarray | float, static: float | None, limit: float = np.inf) -> float:
-        """The error with one scale for X/s or, if static is None, one for each token; any number >= limit if it passes
-        `limit` before all outputs are computed."""
-        total, x = 0.0, kernels.to_tensor((self.rows / scale).astype(np.float32))
+    def measure(self, scale: np.ndarray | float, static: float | None) -> float:
+        """The error with one scale for X/s or, if static is None, one for each token."""
+        x = kernels.to_tensor((self.rows / scale).astype(np.float32))
         static = None if static is None else kernels.to_tensor(np.array([static], np.float32))
-        for weight, exact in self.parts:
-            codes, scales = map(kernels.to_tensor, int8_weight(weight * np.reshape(scale, (-1, 1))))
-            difference = kernels.quant_linear(x, codes, scales, None, "a8w8", input_scale=static).numpy()
-            difference -= exact
-            total += float(np.einsum("to,to->t", difference, difference) @ self.token_weights)
-            if total >= limit:
-                break
-        return total
+        codes, scales = map(kernels.to_tensor, int8_weight(self.weight * np.reshape(scale, (-1, 1))))
+        difference = kernels.quant_linear(x, codes, scales, None, "a8w8", input_scale=static).numpy() - self.exact
+        return float(np.einsum("to,to->t", difference, difference) @ self.token_weights)
 
 
 def split_channels(values: np.ndarray, k: int) -> np.ndarray:
@@ -119,13 +117,15 @@ def split_channels(values: np.ndarray, k: int) -> np.ndarray:
         centers = means
 
 
-def candidate_scales(statistics: list, args: ScriptArgs) -> list[np.ndarray]:
-    """The factors (n,) that a search tries: smooth_scale() of each pair of `statistics` with each alpha, constants."""
+def candidate_scales(statistics: list, args: ScriptArgs) -> tuple[list, list]:
+    """The factors (n,) that a search tries: for each pair of `statistics` smooth_scale() with each alpha; constants."""
     stop = args.search_alpha_max + args.search_alpha_step / 2
     alphas = np.arange(args.search_alpha_min, stop, args.search_alpha_step)
     constants = np.arange(args.search_scale_min, args.search_scale_max + 1e-6, 0.5)
-    found = [smooth_scale(x, w, alpha) for x, w in statistics for alpha in alphas]
-    return found + [np.full_like(statistics[0][0], c) for c in constants]
+    found = [[smooth_scale(x, w, alpha) for alpha in alphas] for x, w in statistics]
+    # Their mean is 1, so that pieces of several fit together.
+    found = [[scale / np.exp(np.log(scale).mean()) for scale in scales] for scales in found]
+    return found, [np.full_like(statistics[0][0], c) for c in constants]
 
 
 @paddle.no_grad()
@@ -133,30 +133,35 @@ def piecewise_search(parts: list, statistics: list, args: ScriptArgs) -> tuple:
     """Smoothing factors (n,) of least error on the sampled rows, and that error, see RoundingError.
 
     parts: [(ActivationStats, weight (n, out))] of each linear; their errors are summed. statistics: [(of the inputs, of
-    the weights), …], each (n,); the first are the maxima. Channels are split into pieces by the
-    inputs' maxima. Piece by piece, the candidates are tried for its channels while the others stay as chosen so far
-    (at first as plain smoothing has them), and the best is taken. The result is therefore never worse on these rows
-    than plain smoothing. With smooth_search_piece, 1 … smooth_k_piece pieces are tried."""
-    parts = [(inputs, RoundingError(inputs, weight)) for inputs, weight in parts]
+    the weights), …], each (n,); the first are the maxima. The search begins with the best factors for all channels
+    together, none and plain smoothing among them. Channels are split into pieces by the inputs' maxima. Piece by piece,
+    the candidates of the same statistics are then tried for its channels while the others stay as chosen so far, and
+    the best is taken. The result is therefore never worse on these rows than plain smoothing. With smooth_search_piece,
+    1 … smooth_k_piece pieces are tried."""
+    parts = [(inputs, RoundingError(inputs, weight, args.search_tokens)) for inputs, weight in parts]
 
     def error(scale, limit=np.inf):
         total = 0.0
         for inputs, rounding in parts:
             static = None if args.activation == "per_token" else input_scale(inputs, args.act_quant_method, scale)
-            total += rounding.measure(scale, static, limit - total)
+            total += rounding.measure(scale, static)
             if total >= limit:
                 break
         return total
 
-    (x_max, w_max), candidates = statistics[0], candidate_scales(statistics, args)
-    plain = smooth_scale(x_max, w_max, args.smooth_alpha)
-    plain_error = error(plain)
-    best_scale, least = plain, plain_error
+    (x_max, w_max), (found, constants) = statistics[0], candidate_scales(statistics, args)
+    found[0] += [smooth_scale(x_max, w_max, args.smooth_alpha), np.ones_like(x_max)]
+    start, start_error, candidates = None, np.inf, []
+    for scales in found:
+        for tried in scales:
+            if (e := error(tried, start_error)) < start_error:
+                start, start_error, candidates = tried, e, scales
+    best_scale, least = start, start_error
     for k in range(1, args.smooth_k_piece + 1) if args.smooth_search_piece else (args.smooth_k_piece,):
         piece_of = split_channels(x_max, k)
-        scale, scale_error = plain, plain_error
+        scale, scale_error = start, start_error
         for piece in range(piece_of.max() + 1):
-            for candidate in candidates:
+            for candidate in candidates + constants:
                 tried = np.where(piece_of == piece, candidate, scale)
                 if (e := error(tried, scale_error)) < scale_error:
                     scale, scale_error = tried, e
@@ -166,15 +171,21 @@ def piecewise_search(parts: list, statistics: list, args: ScriptArgs) -> tuple:
 
 
 def channel_statistics(seen: list, weights: list, args: ScriptArgs) -> list[tuple]:
-    """[(largest |X|, largest |W|), (root mean square of X, of W)] by channel, each (n,), of all inputs and weights.
+    """[(largest |X|, largest |W|), (root mean square of X, of W), (fourth root of mean X^4, the same of W)] by channel,
+    each (n,), of all inputs and weights; means are of tokens that are divided by their size if it is over the median's.
 
-    Both are of use: a channel with rare peaks has a large maximum beside a small mean."""
+    All are of use. With a scale a token its largest channel decides the error of all others; if that is mostly another
+    one, the mean of x^p / s^p weighs it, p about 4, against s^2 |w|^2, by which the errors grow."""
     low, high = extremes(seen, args.smooth_step)
     rows = np.concatenate([part for inputs in seen for part in inputs.rows])
-    weight = np.concatenate(weights, axis=1)
+    squares, weight = np.square(rows), np.concatenate(weights, axis=1)
+    size = squares.mean(1, keepdims=True)
+    squares /= np.maximum(size, max(float(np.median(size)), 1e-30))
+    w_mean = np.sqrt(np.square(weight).mean(1))
     return [
         (np.maximum(np.abs(low), np.abs(high)), np.abs(weight).max(1)),
-        (np.sqrt(np.square(rows).mean(0)), np.sqrt(np.square(weight).mean(1))),
+        (np.sqrt(squares.mean(0)), w_mean),
+        (np.square(squares).mean(0) ** 0.25, w_mean),
     ]
 
 
@@ -187,7 +198,7 @@ def choose_input_scale(inputs: ActivationStats, weights: list, args: ScriptArgs)
         return None
     static = input_scale(inputs, args.act_quant_method)
     if args.activation == "mixed":
-        roundings = [RoundingError(inputs, weight) for weight in weights]
+        roundings = [RoundingError(inputs, weight, args.search_tokens) for weight in weights]
         one, many = (sum(rounding.measure(1.0, scale) for rounding in roundings) for scale in (static, None))
         if one > args.per_token_ratio**2 * many:
             return None
