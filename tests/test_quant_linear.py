@@ -45,7 +45,7 @@ def fill(layer, seed, weight_of=None):
     """Random integers for one QuantLinear; returns the (in, out) weight that they stand for, by plain numpy."""
     rng, (n_in, n_out) = np.random.default_rng(seed), (layer.n_in, layer.n_out)
     if layer.scheme == "a8w8":
-        codes, scales = rng.integers(-127, 128, (n_in, n_out)), rng.uniform(0.5, 1.5, n_out).astype(np.float32) * 0.002
+        codes, scales = rng.integers(-128, 128, (n_in, n_out)), rng.uniform(0.5, 1.5, n_out).astype(np.float32) * 0.002
         M.set_parameter(layer.qweight, codes.astype(np.int8))
         M.set_parameter(layer.scales, scales)
         if layer.input_scale is not None:
