@@ -321,10 +321,11 @@ def test_finetune_with_loftq(tmp_path):
     np.testing.assert_allclose(logits(out), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("keys", [{"tensor_parallel_degree": 2}, {"sharding": "stage3"}])
-def test_codes_are_not_sharded(keys):
-    with pytest.raises(UserError, match="tensor_parallel_degree > 1 and sharding stage3 are not supported"):
-        finetune.Args(lora=True, weight_quantize_algo="nf4", **keys).check_topology()
+def test_scales_of_scales_are_not_cut():
+    keys = dict(weight_quantize_algo="nf4", tensor_parallel_degree=2)
+    finetune.Args(lora=True, **keys).check_topology()
+    with pytest.raises(UserError, match="would be on several ranks of tensor_parallel_degree; leave it out"):
+        finetune.Args(lora=True, qlora_weight_double_quant=True, **keys).check_topology()
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,8 @@ def test_codes_are_not_sharded(keys):
         ({"pissa": "true"}, "pissa takes its start out of float weights"),
         ({"qlora_weight_blocksize": 63}, "qlora_weight_blocksize: 63; an even number"),
         ({"loftq": "true", "weight_quantize_algo": ""}, "loftq needs weight_quantize_algo"),
-        ({"loftq": "true", "pipeline_parallel_degree": 2}, "loftq runs the whole model on one rank"),
+        ({"loftq": "true", "pipeline_parallel_degree": 2}, "loftq needs the whole model on each rank"),
+        ({"loftq": "true", "tensor_parallel_degree": 2}, "loftq needs the whole model on each rank"),
         ({"load_in_4bit": "true", "weight_quantize_algo": "nf4"}, "load_in_4bit.*give weight_quantize_algo"),
     ],
 )
