@@ -10,6 +10,7 @@ side. With --cases only these; peft's nf4 needs bitsandbytes. The last line is a
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -52,8 +53,7 @@ class Case:
         time.sleep(REST)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        line = self.wait_for(f"rep {number}:")
-        return float(line.partition(" s")[0].split()[-1])
+        return float(re.search(r"([\d.]+) s\b", self.wait_for(f"rep {number}:"))[1])
 
     def result(self):
         return json.loads(self.wait_for("{"))
@@ -75,6 +75,9 @@ def measure(options):
     found = {}
     for name, case in cases.items():
         result = case.result()
+        rate = options.batch * options.seq / statistics.median(seconds[name])
+        if not 0.9 < rate / result["tok_s"]["median"] < 1.1:
+            raise SystemExit(f"{name}: {rate:.1f} tokens/s by its lines, {result['tok_s']['median']:.1f} by its result")
         found[name] = {"seconds": seconds[name], **{key: result[key] for key in ("peak_rss_mb", "loss", "trainable")}}
     return found
 
