@@ -15,6 +15,7 @@ A weight is dequantized for a product and let go again, in backward once more: n
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import kernels
@@ -280,7 +281,7 @@ def round_base(linears: dict[str, tuple], low_bit: LowBit) -> None:
 def describe(model: nn.Layer) -> str:
     """A line on the rounded linears of a model and what they take."""
     layers = [layer for layer in model.sublayers() if isinstance(layer, LowBitLinear)]
-    count, size = sum(x.n_in * x.n_out for x in layers), sum(x.nbytes() for x in layers)
+    count, size = sum(math.prod(x.shape) for x in layers), sum(x.nbytes() for x in layers)
     name = layers[0].low_bit.algo
     return (
         f"base: {len(layers)} linears ({count:,} weights) in {name}, {8 * size / count:.3f} bits a weight: "
