@@ -249,10 +249,10 @@ class LoraArgs(TrainingArgs):
 
     def check_topology(self) -> None:
         super().check_topology()
-        if self.weight_quantize_algo and (self.tensor_parallel_degree > 1 or "stage3" in (self.sharding or "")):
+        if self.weight_quantize_algo and self.tensor_parallel_degree > 1 and self.qlora_weight_double_quant:
             raise UserError(
-                "weight_quantize_algo: codes are not sharded: tensor_parallel_degree > 1 and sharding stage3 are not "
-                "supported"
+                "qlora_weight_double_quant: scales that share a scale would be on several ranks of "
+                "tensor_parallel_degree; leave it out, or use pipeline_parallel_degree"
             )
 
 

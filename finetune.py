@@ -77,8 +77,9 @@ class Args(LoraArgs):
             raise UserError("pissa and dora are both true; choose one: both redefine the base weight")
         if self.loftq and not self.weight_quantize_algo:
             raise UserError("loftq needs weight_quantize_algo: it makes up for what rounding the base takes from it")
-        if self.loftq and self.pipeline_parallel_degree * self.sep_parallel_degree * self.context_parallel_degree > 1:
-            raise UserError("loftq runs the whole model on one rank: pipeline, sep and context must have degree 1")
+        axes = "tensor", "pipeline", "sep", "context"
+        if self.loftq and any(getattr(self, f"{axis}_parallel_degree") > 1 for axis in axes):
+            raise UserError("loftq needs the whole model on each rank: tensor, pipeline, sep and context have degree 1")
         if self.greedy_zero_padding and not self.zero_padding:
             raise UserError("greedy_zero_padding: true needs zero_padding: true")
         RecordOptions.of(self)

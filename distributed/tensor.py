@@ -1,6 +1,7 @@
 """Tensor parallelism: heads, channels and vocabulary sharded over tp; sequence parallelism (arXiv 1909.08053,
 2205.05198)."""
 
+import math
 from collections import namedtuple
 
 import kernels
@@ -24,8 +25,10 @@ from distributed.collectives import (
 )
 from distributed.pipeline import MissingLayer
 from families import ModelConfig
+from formats.files import UserError
 from formats.quantization_config import all_bits
 from model import LINEARS, Attention, CausalLM, Embedding, Linear, QuantLinear, set_parameter
+from modules.low_bit import LowBit, LowBitLinear
 
 # ================================================================================ into a region of tp, and out of it
 #
@@ -189,11 +192,60 @@ class RowParallelLinear(ColumnParallelLinear):
 
     def forward(self, x, residual=None):
         if not self.reduce:
-            return super().forward(x, residual)
+            y = self.product(x, self.bias)
+            return y if residual is None else residual + y
         return reduce_output(self.product(x), self.tp, self.bias, residual)
 
     def column_norms(self, weight) -> paddle.Tensor:
         return paddle.sqrt(self.tp.all_reduce(weight.square().sum(0)))
+
+
+def cut_blocks(spec: ShardSpec, low_bit: LowBit) -> str | None:
+    """Why the ranks' parts of a weight (in, out) would not be rounded as the whole weight is; None: they are."""
+    if not low_bit.is_blockwise:
+        return None  # a scale for each output channel, see LowBitLinear.largest()
+    n_in, n_out = spec.shape
+    edges = {edge for ranges in spec.ranges_by_rank for part in ranges for edge in part}
+    # The weight is (out, in), flat: a part of the outputs is one run of it, one of the inputs a run in each row.
+    places = [n_in, *edges] if spec.dim == 0 else [edge * n_in for edge in edges if edge < n_out]
+    size = math.gcd(low_bit.blocksize, *places)
+    if size == low_bit.blocksize:
+        return None
+    return (
+        f"weight_quantize_algo {low_bit.algo}: tensor_parallel_degree {len(spec.ranges_by_rank)} cuts blocks of "
+        f"{low_bit.blocksize} weights of a linear of {n_in} x {n_out}, and they would be rounded in another way than "
+        f"in one process: qlora_weight_blocksize {size} is whole there; weight_only_int8 has no blocks"
+    )
+
+
+class ColumnParallelLowBitLinear(LowBitLinear):
+    """A LowBitLinear with this rank's outputs: the codes and scales that the whole one has there."""
+
+    def __init__(self, linear: ColumnParallelLinear, low_bit: LowBit):
+        if wrong := cut_blocks(linear.shard_spec, low_bit):
+            raise UserError(wrong)
+        super().__init__(linear, low_bit)
+        self.tp, self.shard_spec = linear.tp, linear.shard_spec
+
+    def full_weight(self) -> np.ndarray:
+        return gather_full_tensor(self.dequantized(), self.shard_spec, self.tp)
+
+
+class RowParallelLowBitLinear(ColumnParallelLowBitLinear):
+    """The same with this rank's inputs, see RowParallelLinear."""
+
+    def __init__(self, linear: RowParallelLinear, low_bit: LowBit):
+        super().__init__(linear, low_bit)
+        self.reduce = linear.reduce
+
+    forward, column_norms = RowParallelLinear.forward, RowParallelLinear.column_norms
+
+    def largest(self, found: np.ndarray) -> np.ndarray:
+        return self.tp.all_reduce(paddle.to_tensor(found), "max").numpy()
+
+
+ColumnParallelLinear.rounded_class = ColumnParallelLowBitLinear
+RowParallelLinear.rounded_class = RowParallelLowBitLinear
 
 
 class ColumnParallelQuantLinear(QuantLinear):

@@ -361,8 +361,23 @@ def embedding(ids: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
     return _run("embedding", ids, weight)
 
 
+class ComputedWeight:
+    """A frozen weight that linear() and lora_linear() take in place of a tensor: it is computed for a product, and for
+    the gradient of x once more, so that nothing of it is kept between them."""
+
+    shape: list[int]  # [in, out]
+    stop_gradient = True
+
+    def computed(self, transposed: bool, dtype: str) -> paddle.Tensor:
+        """(in, out), or (out, in) transposed; "float32" or "bfloat16", or another type that x has."""
+        raise NotImplementedError
+
+
 def linear(
-    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None, residual: paddle.Tensor | None = None
+    x: paddle.Tensor,
+    weight: paddle.Tensor | ComputedWeight,
+    bias: paddle.Tensor | None = None,
+    residual: paddle.Tensor | None = None,
 ) -> paddle.Tensor:
     """x @ weight + bias + residual.
 
@@ -374,7 +389,7 @@ def linear(
 
 def lora_linear(
     x: paddle.Tensor,
-    weight: paddle.Tensor,
+    weight: paddle.Tensor | ComputedWeight,
     lora_A: paddle.Tensor,
     lora_B: paddle.Tensor,
     scaling: float,
@@ -429,13 +444,15 @@ def dequantize_table(
     n_in: int,
     n_out: int,
     transposed: bool = False,
+    dtype: str = "float32",
 ) -> paddle.Tensor:
     """Codes with a scale per block (nf4, fp4, int8, int4 of low_bit.py) -> weight (in, out), or (out, in) transposed.
 
-    codes uint8: the weight (out, in), flat, in blocks of equal length, the last filled up; values (256, 1) float32: the
-    value of a byte's code, (256, 2): of its two codes, the high bits' first. scales (blocks,) float32 -> float32.
+    codes uint8: the weight (out, in), flat, in blocks of equal length, the last filled up. values float32: of each
+    code, (256,) for one code a byte, (16,) for two, the first in the high bits. scales (blocks,) float32. dtype:
+    float32 or bfloat16. The order in which codes lie is (out, in): transposed is faster.
     """
-    return _run("dequantize_table", codes, scales, values, n_in, n_out, transposed)
+    return _run("dequantize_table", codes, scales, values, n_in, n_out, transposed, dtype)
 
 
 def attention(

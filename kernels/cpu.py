@@ -155,6 +155,8 @@ def _takes_bf16(x, *weights):
 
 
 def linear(x, weight, bias=None, residual=None):
+    if isinstance(weight, kernels.ComputedWeight):
+        return _computed_linear(x, weight, bias, residual)
     if (product := _few_rows(x, weight, bias)) is not None:
         return product if residual is None else product + residual
     n_in, n_out = weight.shape
@@ -165,6 +167,34 @@ def linear(x, weight, bias=None, residual=None):
         return reference.linear(x, weight, bias, residual)
     y = _AddBias.apply(reference.linear(x, weight), bias)
     return y if residual is None else residual + y
+
+
+def _computed_linear(x, weight, bias, residual):
+    n_in, n_out = weight.shape
+    if x.size // n_in <= 32 and (x.stop_gradient or not paddle.is_grad_enabled()):
+        return linear(x, weight.computed(False, "float32"), bias, residual)
+    wide = min(x.size // n_in, n_in, n_out) >= 32
+    in_bf16 = wide and kernels.bf16 and _plain(x)
+    y = _Bf16Computed.apply(x, weight) if in_bf16 else reference.ComputedProduct.apply(x, weight, x.dtype)
+    if bias is not None:
+        y = y + bias if bias.stop_gradient or not paddle.is_grad_enabled() else _AddBias.apply(y, bias)
+    return y if residual is None else residual + y
+
+
+class _Bf16Computed(PyLayer):
+    """reference.ComputedProduct with _Bf16Linear's products."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight, (n_in, n_out) = weight, weight.shape
+        y = bf16_matmul(x.reshape([-1, n_in]), weight.computed(True, "bfloat16"), transpose_y=True)
+        return y.reshape([*x.shape[:-1], n_out])
+
+    @staticmethod
+    def backward(ctx, dy):
+        n_in, n_out = ctx.weight.shape
+        dx = bf16_matmul(dy.reshape([-1, n_out]), ctx.weight.computed(True, "bfloat16"))
+        return dx.reshape([*dy.shape[:-1], n_in])
 
 
 def _sum_of_rows(x):
@@ -231,13 +261,16 @@ class _Bf16Linear(PyLayer):
 
 def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
     n_in, n_out = weight.shape
-    wide = min(x.size // n_in, n_in, n_out) >= 32
+    wide, is_computed = min(x.size // n_in, n_in, n_out) >= 32, isinstance(weight, kernels.ComputedWeight)
     if not (
         wide
         and weight.stop_gradient
         and (bias is None or bias.stop_gradient)
-        and _takes_bf16(x, weight, lora_A, lora_B)
+        and _takes_bf16(x, lora_A, lora_B, *(() if is_computed else (weight,)))
     ):
+        if is_computed:  # which linear() may have a faster way for
+            update = reference.linear(reference.linear(x if dropped is None else dropped, lora_A) * scaling, lora_B)
+            return linear(x, weight, bias) + update
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropped)
     held = types.SimpleNamespace(
         weight=weight, bias=bias, scaling=float(scaling)
@@ -250,8 +283,9 @@ class _Bf16LoRA(PyLayer):
 
     @staticmethod
     def forward(ctx, x, dropped, a, b, held):
-        args = x.contiguous(), None if dropped is None else dropped.contiguous(), held.weight, a, b, held.bias
-        y, t = _C_ops._run_custom_op("cpu_bf16_lora", *args, held.scaling)
+        weight, is_rows = _weight_or_rows(held.weight)
+        args = x.contiguous(), None if dropped is None else dropped.contiguous(), weight, a, b, held.bias
+        y, t = _C_ops._run_custom_op("cpu_bf16_lora", *args, held.scaling, is_rows)
         ctx.save_for_backward(x if dropped is None else dropped, t, a, b)
         ctx.held, ctx.dropped, ctx.frozen = (
             held,
@@ -263,12 +297,20 @@ class _Bf16LoRA(PyLayer):
     @staticmethod
     def backward(ctx, dy):
         x, t, a, b = ctx.saved_tensor()
-        args = dy.contiguous(), x, t, ctx.held.weight, a, b, ctx.held.scaling
-        dx, d_dropped, da, db = _C_ops._run_custom_op("cpu_bf16_lora_backward", *args, not ctx.frozen[0], ctx.dropped)
+        weight, is_rows = _weight_or_rows(ctx.held.weight)
+        args = dy.contiguous(), x, t, weight, a, b, ctx.held.scaling, not ctx.frozen[0], ctx.dropped
+        dx, d_dropped, da, db = _C_ops._run_custom_op("cpu_bf16_lora_backward", *args, is_rows)
         d_inputs = [None if ctx.frozen[0] else dx.reshape(x.shape)]
         if ctx.dropped:
             d_inputs.append(None if ctx.frozen[0] else d_dropped.reshape(x.shape))
         return *d_inputs, None if ctx.frozen[1] else da, None if ctx.frozen[2] else db
+
+
+def _weight_or_rows(weight):
+    """(a tensor, whether it is (out, in)) of a weight (in, out)."""
+    if isinstance(weight, kernels.ComputedWeight):
+        return weight.computed(True, "bfloat16"), True
+    return weight, False
 
 
 def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
@@ -284,10 +326,11 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
     return _op("cpu_quant_linear", x.contiguous(), *packed, bias, bits)[0]
 
 
-def dequantize_table(codes, scales, values, n_in, n_out, transposed=False):
-    if not _plain(scales, values):
-        return reference.dequantize_table(codes, scales, values, n_in, n_out, transposed)
-    return _op("cpu_dequantize_table", codes, scales, values, n_in, n_out, transposed)[0]
+def dequantize_table(codes, scales, values, n_in, n_out, transposed=False, dtype="float32"):
+    half = dtype in ("bfloat16", paddle.bfloat16)
+    if not _plain(scales, values) or not half and dtype not in ("float32", paddle.float32):
+        return reference.dequantize_table(codes, scales, values, n_in, n_out, transposed, dtype)
+    return _op("cpu_dequantize_table", codes, scales, values, n_in, n_out, transposed, half)[0]
 
 
 def _int8_linear(x, weight, scales, bias, input_scale):

@@ -110,9 +110,16 @@ def _to_bf16(*tensors):
 def linear(x, weight, bias=None, residual=None):
     if not kernels.bf16 or x.dtype != paddle.float32:
         return reference.linear(x, weight, bias, residual)
-    y = paddle.matmul(*_to_bf16(x, weight)).astype("float32")
+    if isinstance(weight, kernels.ComputedWeight):
+        y = reference.ComputedProduct.apply(x, weight, "bfloat16")
+    else:
+        y = paddle.matmul(*_to_bf16(x, weight)).astype("float32")
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
+
+
+def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
+    return linear(x, weight, bias) + linear(linear(x if dropped is None else dropped, lora_A) * scaling, lora_B)
 
 
 # ---------------------------------------------------------------------------------------------- attention

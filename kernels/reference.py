@@ -7,6 +7,7 @@ compute in blocks, save only their inputs, and recompute each block's probabilit
 import functools
 import types
 
+import kernels
 from kernels import to_tensor
 
 import numpy as np
@@ -93,9 +94,26 @@ def embedding(ids, weight):
 
 
 def linear(x, weight, bias=None, residual=None):
+    if isinstance(weight, kernels.ComputedWeight):
+        y = ComputedProduct.apply(x, weight, x.dtype)
+        y = y if bias is None else y + bias
+        return y if residual is None else y + residual
     weight = weight if weight.dtype == x.dtype else weight.astype(x.dtype)
     y = paddle.matmul(x, weight) if bias is None else F.linear(x, weight, bias)  # F.linear costs 10 us more per call
     return y if residual is None else y + residual
+
+
+class ComputedProduct(PyLayer):
+    """x W for a ComputedWeight, with products in `dtype`; W is computed again for dx = dy W^T, not kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, dtype):
+        ctx.weight, ctx.dtype = weight, dtype
+        return paddle.matmul(x.astype(dtype), weight.computed(True, dtype), transpose_y=True).astype(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return paddle.matmul(dy.astype(ctx.dtype), ctx.weight.computed(True, ctx.dtype)).astype(dy.dtype)
 
 
 def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
@@ -134,9 +152,11 @@ def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
     return ((codes - zeros.unsqueeze(1)) * scales.unsqueeze(1)).reshape([-1, n_out])
 
 
-def dequantize_table(codes, scales, values, n_in, n_out, transposed=False):
-    blocks = F.embedding(codes.astype("int32"), values).reshape([len(scales), -1]) * scales.unsqueeze(1)
-    weight = blocks.reshape([-1])[: n_in * n_out].reshape([n_out, n_in])
+def dequantize_table(codes, scales, values, n_in, n_out, transposed=False, dtype="float32"):
+    byte = paddle.arange(256)
+    table = values.unsqueeze(1) if len(values) == 256 else paddle.stack([values[byte // 16], values[byte % 16]], 1)
+    blocks = F.embedding(codes.astype("int32"), table).reshape([len(scales), -1]) * scales.unsqueeze(1)
+    weight = blocks.reshape([-1])[: n_in * n_out].reshape([n_out, n_in]).astype(dtype)
     return weight if transposed else weight.t().contiguous()
 
 

@@ -91,7 +91,7 @@ class LoRALinear(nn.Layer):
         if self.lora_B_bias is not None:
             bias = self.lora_B_bias * self.scaling if bias is None else bias + self.lora_B_bias * self.scaling
         dropped = self.dropped(x) if self.dropout else x
-        if isinstance(base, Linear) and self.lora_magnitude_vector is None:
+        if isinstance(base, (Linear, LowBitLinear)) and self.lora_magnitude_vector is None:
             dropped_or_none = None if dropped is x else dropped
             return kernels.lora_linear(
                 x, base.weight, self.lora_A, self.lora_B, self.scaling, bias=bias, dropped=dropped_or_none

@@ -15,6 +15,8 @@ A weight is dequantized for a product and let go again, in backward once more: n
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 
 import kernels
 
@@ -22,10 +24,9 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.autograd import PyLayer
 
 from formats.files import UserError
-from modules.layers import Linear
+from modules.layers import Linear, set_parameter
 
 # The 16 values of a normal distribution with equal shares between them, 0 among them (QLoRA, appendix E).
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -107,8 +108,12 @@ def _round_to(values: np.ndarray, midpoints: np.ndarray) -> np.ndarray:
     return np.searchsorted(midpoints, values, side="left")
 
 
-def round_weight(weight: np.ndarray, low_bit: LowBit) -> dict[str, np.ndarray]:
+def round_weight(
+    weight: np.ndarray, low_bit: LowBit, largest: Callable[[np.ndarray], np.ndarray] = lambda found: found
+) -> dict[str, np.ndarray]:
     """A weight (out, in) float32 -> its codes (uint8) and scales.
+
+    largest: of an output channel's largest value here, the one of all ranks that hold a part of it.
 
     codes: two a byte, or one with 8 bits. absmax: float32, one a block (nf4, fp4) or output channel; with double_quant
     its own codes, whose float32 scales and mean are absmax_scales and absmax_mean.
@@ -126,7 +131,7 @@ def round_weight(weight: np.ndarray, low_bit: LowBit) -> dict[str, np.ndarray]:
             codes[first : first + 4096] = order[_round_to(part, midpoints)]
     else:
         half = 2 ** (low_bit.bits - 1)
-        absmax = np.maximum(absmax, np.float32(1e-8)) / np.float32(half - 1)
+        absmax = np.maximum(largest(absmax), np.float32(1e-8)) / np.float32(half - 1)
         codes = (np.rint(blocks / absmax[:, None]).clip(1 - half, half - 1) + half).astype(np.uint8)
     flat = codes.reshape(-1)
     if low_bit.bits == 4:
@@ -150,13 +155,16 @@ def round_weight(weight: np.ndarray, low_bit: LowBit) -> dict[str, np.ndarray]:
 # ====================================================================================================== the layer
 
 
-class RoundedWeight:
-    """Stands for the weight (in, out) of a LowBitLinear where others read or set a parameter."""
+class RoundedWeight(kernels.ComputedWeight):
+    """Stands for the weight (in, out) of a LowBitLinear where others read or set a parameter, or multiply by it."""
 
-    dtype, stop_gradient, grad = paddle.float32, True, None
+    dtype, grad = paddle.float32, None
 
     def __init__(self, layer: "LowBitLinear"):
-        self.layer, self.shape = layer, [layer.n_in, layer.n_out]
+        self.layer, self.shape, self.shard_spec = layer, layer.shape, layer.shard_spec
+
+    def computed(self, transposed: bool, dtype: str) -> paddle.Tensor:
+        return self.layer.dequantized(transposed, dtype)
 
     def set_value(self, array) -> None:
         """Round and keep (in, out) values."""
@@ -175,18 +183,21 @@ class RoundedWeight:
 class LowBitLinear(nn.Layer):
     """y = x W + b with a frozen W (in, out) that is held as codes; the gradient reaches x alone (and the bias).
 
-    on_rounded: called with what rounding takes from a weight that is set, (in, out) float32.
+    shape: [in, out] here; n_in and n_out are those of the whole linear. on_rounded: called with what rounding takes
+    from a weight that is set, (in, out) float32.
     """
 
-    on_rounded = None
+    on_rounded, shard_spec = None, None
 
     def __init__(self, linear: Linear, low_bit: LowBit):
         super().__init__()
         self.n_in, self.n_out, self.low_bit, self.bias = linear.n_in, linear.n_out, low_bit, linear.bias
-        if low_bit.algo == "weight_only_int4" and self.n_in % 2:
-            raise UserError(f"weight_only_int4: a linear of {self.n_in} inputs: two codes a byte need an even number")
-        count = self.n_in * self.n_out
-        size = low_bit.blocksize if low_bit.is_blockwise else self.n_in
+        self.shape = n_in, n_out = list(linear.weight.shape)
+        self.__dict__["replaced"] = linear  # no sublayer: its weight has no values
+        if low_bit.algo == "weight_only_int4" and n_in % 2:
+            raise UserError(f"weight_only_int4: a linear of {n_in} inputs: two codes a byte need an even number")
+        count = n_in * n_out
+        size = low_bit.blocksize if low_bit.is_blockwise else n_in
         blocks = -(-count // size)
         shapes = {"codes": (-(-blocks * size * low_bit.bits // 8), "uint8"), "absmax": (blocks, "float32")}
         if low_bit.double_quant and low_bit.is_blockwise:
@@ -202,10 +213,14 @@ class LowBitLinear(nn.Layer):
 
     def set_weight(self, weight: np.ndarray) -> None:
         """Round and keep a weight (out, in)."""
-        for name, array in round_weight(weight, self.low_bit).items():
+        for name, array in round_weight(weight, self.low_bit, self.largest).items():
             getattr(self, name).set_value(array)
         if self.on_rounded is not None:
             self.on_rounded(weight.T - self.dequantized().numpy())
+
+    def largest(self, found: np.ndarray) -> np.ndarray:
+        """(out,) the largest values of the output channels, of those of the inputs that are here."""
+        return found
 
     def scales(self) -> paddle.Tensor:
         """(blocks,) float32."""
@@ -216,11 +231,11 @@ class LowBitLinear(nn.Layer):
         values = F.pad(values, [0, -count % size]).reshape([-1, size]) * self.absmax_scales.unsqueeze(1)
         return values.reshape([-1])[:count] + self.absmax_mean
 
-    def dequantized(self, transposed: bool = False) -> paddle.Tensor:
-        """(in, out) float32, or (out, in): the weight that the codes stand for."""
+    def dequantized(self, transposed: bool = False, dtype: str = "float32") -> paddle.Tensor:
+        """(in, out), or (out, in): the weight that the codes stand for."""
         with paddle.no_grad():
-            values = paddle.to_tensor(_code_values(self.low_bit.algo))  # (256, codes of a byte)
-            return kernels.dequantize_table(self.codes, self.scales(), values, self.n_in, self.n_out, transposed)
+            values, (n_in, n_out) = paddle.to_tensor(TABLES[self.low_bit.algo]), self.shape
+            return kernels.dequantize_table(self.codes, self.scales(), values, n_in, n_out, transposed, dtype)
 
     def forward(self, x, residual=None):
         y = self.product(x, self.bias)
@@ -228,10 +243,7 @@ class LowBitLinear(nn.Layer):
 
     def product(self, x, bias=None) -> paddle.Tensor:
         """x W, plus a bias if one is given."""
-        if x.stop_gradient or not paddle.is_grad_enabled():
-            return kernels.linear(x, self.dequantized(), bias)
-        y = _Product.apply(x, self)
-        return y if bias is None else y + bias
+        return kernels.linear(x, self.weight, bias)
 
     def column_norms(self, weight) -> paddle.Tensor:
         """(out,) lengths of the columns of a matrix of the weight's shape."""
@@ -242,34 +254,12 @@ class LowBitLinear(nn.Layer):
         return self.dequantized().numpy()
 
     def to_linear(self) -> Linear:
-        """A Linear of the floats that the codes stand for, with the same bias."""
-        linear = Linear(self.n_in, self.n_out, False)
-        linear.weight.set_value(self.dequantized())
-        linear.bias = self.bias
-        return linear
+        """The linear that this one replaced, with the floats that the codes stand for."""
+        set_parameter(self.replaced.weight, self.dequantized().numpy())
+        return self.replaced
 
     def nbytes(self) -> int:
         return sum(buffer.size * buffer.element_size() for buffer in self.buffers())
-
-
-@functools.cache
-def _code_values(algo: str) -> np.ndarray:
-    """(256, 1 or 2) float32: the values of the codes in a byte, the high bits' first."""
-    table, byte = TABLES[algo], np.arange(256)
-    return table[:, None] if len(table) == 256 else np.stack([table[byte >> 4], table[byte & 15]], 1)
-
-
-class _Product(PyLayer):
-    """x W; W is dequantized again for the gradient of x, not kept."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return kernels.linear(x, layer.dequantized())
-
-    @staticmethod
-    def backward(ctx, dy):
-        return kernels.linear(dy, ctx.layer.dequantized(transposed=True))
 
 
 def round_base(linears: dict[str, tuple], low_bit: LowBit) -> None:
@@ -278,18 +268,20 @@ def round_base(linears: dict[str, tuple], low_bit: LowBit) -> None:
     linears: model.block_linears(). Embedding, head, norms, routers and biases stay in float.
     """
     for path, (parent, attribute, linear) in linears.items():
-        if type(linear) is not Linear:
+        cls = LowBitLinear if type(linear) is Linear else getattr(linear, "rounded_class", None)
+        if cls is None:
             raise UserError(f"weight_quantize_algo: {path} is a {type(linear).__name__}: it cannot be rounded again")
-        layer = LowBitLinear(linear, low_bit)
+        layer = cls(linear, low_bit)
         if linear.weight._is_initialized():
             layer.set_weight(linear.weight.astype("float32").numpy().T)
+            linear.weight._clear_data()
         setattr(parent, attribute, layer)
 
 
 def describe(model: nn.Layer) -> str:
     """A line on the rounded linears of a model and what they take."""
     layers = [layer for layer in model.sublayers() if isinstance(layer, LowBitLinear)]
-    count, size = sum(x.n_in * x.n_out for x in layers), sum(x.nbytes() for x in layers)
+    count, size = sum(math.prod(x.shape) for x in layers), sum(x.nbytes() for x in layers)
     name = layers[0].low_bit.algo
     return (
         f"base: {len(layers)} linears ({count:,} weights) in {name}, {8 * size / count:.3f} bits a weight: "

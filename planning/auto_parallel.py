@@ -14,10 +14,13 @@ import copy
 import dataclasses
 import math
 import re
+import types
 from typing import Any
 
+from distributed.tensor import cut_blocks, shard_spec_of
 from distributed.watchdog import Watchdog
 from formats.files import UserError
+from model import LINEARS, block_linears
 from parallel import NAMES, Degrees
 from planning.cost_model import CostModel, Machine, StepCost
 from planning.memory_model import MODES, MemoryModel, planned_model, sequence_length
@@ -128,7 +131,7 @@ class _Search:
         self.memory = MemoryModel(args, config, self.T)
         self.cost = CostModel(self.memory, machine)
         self.rows = rows or rows_of_step(args, world)
-        self.alone = {}
+        self.alone, self.cut = {}, {}
         self.fallen, self.found, self.least = collections.defaultdict(lambda: [0, ""]), [], None
 
     def legal(self, keys: dict, world: int | None) -> Degrees | None:
@@ -138,11 +141,25 @@ class _Search:
             setattr(args, key, value)
         try:
             args.check_topology()
-            return Degrees.of(args, self.config, self.T, world)
+            degrees = Degrees.of(args, self.config, self.T, world)
+            self.check_blocks(degrees.tp)
+            return degrees
         except UserError as error:
             why = str(error).partition("; ")[0]
             self.fall(why, ", ".join(f"{key} {value}" for key, value in keys.items() if value not in _OFF))
         return None
+
+    def check_blocks(self, tp: int) -> None:
+        """UserError for blocks of a QLoRA's base that this degree of tensor parallelism cuts."""
+        if self.memory.low_bit is None or tp == 1:
+            return
+        if tp not in self.cut:
+            axis, linears = types.SimpleNamespace(size=tp, rank=0), block_linears(self.memory.model).values()
+            shapes = {(name, layer.n_in, layer.n_out) for _, name, layer in linears if LINEARS[name].parallel}
+            specs = [shard_spec_of(name, list(shape), self.config, axis) for name, *shape in sorted(shapes)]
+            self.cut[tp] = next(filter(None, (cut_blocks(spec, self.memory.low_bit) for spec in specs)), None)
+        if self.cut[tp]:
+            raise UserError(self.cut[tp])
 
     def fall(self, why: str, which: str, count: int = 1) -> None:
         entry = self.fallen[re.sub(r"\d[\d,]*", "N", why)]

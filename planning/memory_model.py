@@ -312,8 +312,8 @@ class MemoryModel:
                 if self.args.bf16:  # frozen linears are stored in bfloat16
                     shards = elements[0] / elements[1] if is_sharded else 1.0
                     parts[part] -= float(elements[2] / shards * (FLOAT32 - BFLOAT16))
-                if self.low_bit is not None:  # QLoRA
-                    stored = BFLOAT16 if self.args.bf16 else FLOAT32
+                if self.low_bit is not None:  # QLoRA: codes are whole on every rank of sharding
+                    stored = (BFLOAT16 if self.args.bf16 else FLOAT32) * elements[is_sharded] / elements[0]
                     parts[part] -= float(in_blocks * (stored - self.low_bit.bytes_per_weight))
             if degrees.offload and stage == 1:
                 parts[part] = 0.0

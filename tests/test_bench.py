@@ -5,8 +5,10 @@ import json
 import kernels
 
 import bench_kernels
+import bench_qlora
 import bench_train
 import pytest
+import tiny_models
 
 TINY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
             vocab_size=64)  # fmt: skip
@@ -34,7 +36,7 @@ def test_train(task, tiny, capsys):
         "dtype": "bf16",
         "mode": "",
         "compute": "fp32" if kernels.bf16_missing() else "bf16",
-        "threads": 2,
+        "threads": bench_train.THREADS,
         "weights": "drawn",
     }
     assert {key: result[key] for key in expected} == expected
@@ -42,6 +44,32 @@ def test_train(task, tiny, capsys):
     assert rate["n"] == 2 and 0 < rate["min"] <= rate["median"] <= rate["max"]
     assert result["tokens"] == result["positions"] == 32 and result["steps"] == 1
     assert result["loss"][1] < result["loss"][0] and result["peak_rss_mb"] > 0
+
+
+def test_train_on_a_rounded_base_of_a_folder(tmp_path, capsys):
+    folder = str(tiny_models.write(tmp_path, "llama"))
+    argv = ["--task", "train_lora", "--weight_quantize_algo", "nf4", "--batch", "2", "--seq", "16", "--reps", "1"]
+    bench_train.main([*argv, "--model", folder, "--profile"])
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert result["base"] == "nf4" and result["weights"] == folder and "in nf4, 4." in captured.out
+    assert "forward  dequantize_table" in captured.err
+
+
+@pytest.mark.parametrize("with_torch", [False, pytest.param(True, marks=pytest.mark.torch)])
+def test_bases_of_lora_side_by_side(with_torch, request, tmp_path, capsys, monkeypatch):
+    """Each case is a process that takes steps in turn."""
+    monkeypatch.setattr(bench_qlora, "REST", 0.0)
+    python = request.config.getoption("--hf-python")
+    if with_torch and python is None:
+        pytest.skip("needs --hf-python: a Python with torch and peft")
+    wanted = ["ours fp32", "ours nf4"] + ["peft bf16"] * with_torch
+    argv = ["--model", str(tiny_models.write(tmp_path, "llama")), "--batch", "1", "--seq", "16", "--reps", "2"]
+    result = bench_qlora.main([*argv, "--cases", *wanted, *(["--peft", python] if with_torch else [])])
+    rows = result["rows"]
+    assert list(rows) == wanted and rows["ours fp32"]["ratio"] == 1.0
+    assert all(len(row["seconds"]) == 2 and row["tok_s"] > 0 and row["peak_rss_mb"] > 0 for row in rows.values())
+    assert len({row["trainable"] for row in rows.values()}) == 1
 
 
 def test_sft_counts_only_real_tokens_and_profiles_every_op(tiny, capsys):

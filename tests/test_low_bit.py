@@ -3,6 +3,7 @@
 python -m pytest tests/test_low_bit.py      # CPU, some seconds
 """
 
+import itertools
 import json
 
 import kernels
@@ -26,7 +27,7 @@ from modules import low_bit
 from modules.lora import truncated_svd
 from modules.low_bit import LowBit, LowBitLinear
 
-CPU = not kernels._missing("cpu", "dequantize_table")
+CPU, BF16 = not kernels._missing("cpu", "dequantize_table"), not kernels._missing("cpu", "bf16")
 ALL = [LowBit(algo) for algo in low_bit.ALGORITHMS] + [LowBit("nf4", 64, True, 32), LowBit("fp4", 128, True)]
 
 
@@ -80,15 +81,45 @@ def test_integers_are_to_nearest_by_output_channel(algo, bits):
 
 @pytest.mark.skipif(not CPU, reason="no C++ ops")
 @pytest.mark.parametrize("low", ALL, ids=str)
-def test_the_fast_dequantization_has_the_bits_of_the_reference(low):
-    for shape in ((5, 122), (37, 64), (16, 6), (1, 2)):
+def test_the_fast_dequantization_has_the_bits_of_the_reference(low, monkeypatch):
+    for shape in ((5, 122), (37, 64), (16, 6), (1, 2), (33, 50), (70, 18)):
         layer = held(np.random.default_rng(1).standard_normal(shape).astype(np.float32), low)
-        with kernels.use("reference"):
-            expected = layer.dequantized().numpy()
-        values = paddle.to_tensor(low_bit._code_values(low.algo))
-        for transposed in (False, True):
-            found = kernels.dequantize_table(layer.codes, layer.scales(), values, *shape[::-1], transposed).numpy()
-            np.testing.assert_array_equal(found.T if transposed else found, expected)
+        values = paddle.to_tensor(low_bit.TABLES[low.algo])
+        for kind in ("float32", "bfloat16"):
+            with kernels.use("reference"):
+                expected = layer.dequantized(False, kind).astype("float32").numpy()
+            for transposed, instructions in itertools.product((False, True), (-1, 2, 1, 0)):
+                monkeypatch.setattr("kernels.cpu.INSTRUCTIONS", instructions)
+                found = kernels.dequantize_table(layer.codes, layer.scales(), values, *shape[::-1], transposed, kind)
+                found = found.astype("float32").numpy()
+                np.testing.assert_array_equal(found.T if transposed else found, expected, err_msg=str(shape))
+
+
+PRODUCTS = [(1, 5, 34, 40), (2, 37, 64, 48), (1, 33, 6, 100), (3, 20, 96, 33)]  # B, T, in, out
+
+
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.skipif(not BF16, reason="no bfloat16"))])
+@pytest.mark.parametrize("dropped, bias", [(False, False), (True, True)])
+@pytest.mark.parametrize("low", ALL[:1] + ALL[3:5], ids=str)
+def test_products_are_those_of_the_dequantized_weight(low, dropped, bias, bf16, monkeypatch):
+    """Of linear and lora_linear, forward and backward, beside the same weight as a tensor."""
+    with kernels.use("auto"):
+        monkeypatch.setattr(kernels, "bf16", bf16)
+        for B, T, n_in, n_out in PRODUCTS:
+            generator = np.random.default_rng(T)
+            layer = held(generator.standard_normal((n_out, n_in)).astype(np.float32), low)
+            arrays = [generator.standard_normal(s).astype(np.float32) for s in ((n_in, 3), (3, n_out), (n_out,))]
+            x0, dy = (generator.standard_normal((B, T, n)).astype(np.float32) for n in (n_in, n_out))
+            found = {}
+            for name, weight in (("codes", layer.weight), ("floats", layer.dequantized())):
+                x, a, b = (paddle.to_tensor(array, stop_gradient=False) for array in (x0, *arrays[:2]))
+                added = paddle.to_tensor(arrays[2]) if bias else None
+                y = kernels.linear(x, weight, added)
+                z = kernels.lora_linear(x, weight, a, b, 0.5, added, x * 0.5 if dropped else None)
+                (y * z * paddle.to_tensor(dy)).sum().backward()
+                found[name] = [t.numpy() for t in (y, z, x.grad, a.grad, b.grad)]
+            for codes, floats in zip(found["codes"], found["floats"]):
+                np.testing.assert_allclose(codes, floats, rtol=2e-5, atol=2e-5 * np.abs(floats).max())
 
 
 def test_bits_a_weight():
@@ -290,10 +321,11 @@ def test_finetune_with_loftq(tmp_path):
     np.testing.assert_allclose(logits(out), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("keys", [{"tensor_parallel_degree": 2}, {"sharding": "stage3"}])
-def test_codes_are_not_sharded(keys):
-    with pytest.raises(UserError, match="tensor_parallel_degree > 1 and sharding stage3 are not supported"):
-        finetune.Args(lora=True, weight_quantize_algo="nf4", **keys).check_topology()
+def test_scales_of_scales_are_not_cut():
+    keys = dict(weight_quantize_algo="nf4", tensor_parallel_degree=2)
+    finetune.Args(lora=True, **keys).check_topology()
+    with pytest.raises(UserError, match="would be on several ranks of tensor_parallel_degree; leave it out"):
+        finetune.Args(lora=True, qlora_weight_double_quant=True, **keys).check_topology()
 
 
 @pytest.mark.parametrize(
@@ -304,7 +336,8 @@ def test_codes_are_not_sharded(keys):
         ({"pissa": "true"}, "pissa takes its start out of float weights"),
         ({"qlora_weight_blocksize": 63}, "qlora_weight_blocksize: 63; an even number"),
         ({"loftq": "true", "weight_quantize_algo": ""}, "loftq needs weight_quantize_algo"),
-        ({"loftq": "true", "pipeline_parallel_degree": 2}, "loftq runs the whole model on one rank"),
+        ({"loftq": "true", "pipeline_parallel_degree": 2}, "loftq needs the whole model on each rank"),
+        ({"loftq": "true", "tensor_parallel_degree": 2}, "loftq needs the whole model on each rank"),
         ({"load_in_4bit": "true", "weight_quantize_algo": "nf4"}, "load_in_4bit.*give weight_quantize_algo"),
     ],
 )

@@ -365,8 +365,9 @@ def test_references_of_dpo_and_rl_cost_what_they_take():
     assert rows["reference"] == rows["weights"] and rows["keys and values of the engine"] > 0
 
 
-def test_qlora_holds_codes_and_is_not_sharded():
-    """The base's linears at the bits of their codes and scales; topologies that would shard codes fall by name."""
+def test_qlora_holds_codes():
+    """The base's linears at the bits of their codes and scales, cut over tp and whole over sharding; topologies that
+    would cut blocks of them fall by name."""
     argv = "--model_name_or_path llama-3.2-1b --dry_run true --max_length 512 --lora true".split()
     args = parse_args(plan.SCRIPTS["finetune"].Args, argv)
     rounded = dataclasses.replace(args, weight_quantize_algo="nf4", qlora_weight_double_quant=True)
@@ -376,13 +377,24 @@ def test_qlora_holds_codes_and_is_not_sharded():
     saved = linears * (4 - 0.5 - (1 + 4 / 256) / 64)
     assert whole["weights"] - codes["weights"] == pytest.approx(saved, rel=1e-6)
     assert codes["a dequantized weight"] == 4 * 2048 * 8192
+    model = memory_model.MemoryModel(rounded, config, 512)
+    halves, shards = (
+        model.fullest(degrees, 1, 1)["weights"] for degrees in (Degrees(tp=2), Degrees(sharding=2, stage=3))
+    )
+    codes_alone = linears * (0.5 + (1 + 4 / 256) / 64)
+    assert halves - codes_alone / 2 == pytest.approx((codes["weights"] - codes_alone) / 2, rel=1e-2)
+    assert shards - codes_alone == pytest.approx((codes["weights"] - codes_alone) / 2, rel=1e-2)
     plans = find_plans(rounded, 8, 80e9, H100, 8)
-    assert plans.ranked and all(p.degrees.tp == 1 and p.degrees.stage < 3 for p in plans.ranked)
-    assert any("codes are not sharded" in example for _, example in plans.fallen.values())
-    with pytest.raises(UserError, match="codes are not sharded"):
-        parse_args(
-            plan.SCRIPTS["finetune"].Args, [*argv, "--weight_quantize_algo", "nf4", "--tensor_parallel_degree", "2"]
-        )
+    assert plans.ranked and all(p.degrees.tp == 1 for p in plans.ranked)
+    assert any("qlora_weight_double_quant: scales" in example for _, example in plans.fallen.values())
+    wide = dataclasses.replace(rounded, qlora_weight_double_quant=False, qlora_weight_blocksize=1 << 21)
+    plans = find_plans(wide, 8, 80e9, H100, 8)  # 2,048 x 512 keys on two ranks: blocks of 2^19 are whole
+    assert any("tensor_parallel_degree 2 cuts blocks" in example for _, example in plans.fallen.values())
+    fits = dataclasses.replace(wide, qlora_weight_blocksize=64)
+    assert any(p.degrees.tp > 1 for p in find_plans(fits, 8, 80e9, H100, 8).ranked)
+    with pytest.raises(UserError, match="qlora_weight_double_quant: scales that share a scale"):
+        wanted = "--weight_quantize_algo nf4 --qlora_weight_double_quant true --tensor_parallel_degree 2"
+        parse_args(plan.SCRIPTS["finetune"].Args, [*argv, *wanted.split()])
 
 
 @pytest.mark.slow

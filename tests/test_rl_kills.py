@@ -48,6 +48,7 @@ trainer.run_script(rl.main, rl.Args, sys.argv[1:])
 SHORT = "def short(completions, **_): return [-len(text) / 10 for text in completions]\n"
 ALGORITHMS = {
     "grpo": {"kl_loss_coeff": 0.05, "rollout_n": 4},
+    "grpo, nf4": {"kl_loss_coeff": 0.05, "rollout_n": 4, "weight_quantize_algo": "nf4"},
     "ppo": {"rl_algorithm": "ppo", "rollout_n": 2, "critic_learning_rate": 0.02},
 }
 
@@ -112,7 +113,12 @@ def kill_within(phase, delay, keys, folder):
 
 @pytest.mark.parametrize(
     "algorithm, kills",
-    [("grpo", 1), pytest.param("grpo", 20, marks=pytest.mark.slow), pytest.param("ppo", 20, marks=pytest.mark.slow)],
+    [
+        ("grpo", 1),
+        ("grpo, nf4", 1),
+        pytest.param("grpo", 20, marks=pytest.mark.slow),
+        pytest.param("ppo", 20, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_runs_equal_the_uninterrupted_one(algorithm, kills, keys, tmp_path):
     """No checkpoint that was told is lost; weights and log at the end are those of the whole run, bit for bit."""

@@ -21,9 +21,11 @@ import formats.tensor_files
 import formats.weights
 import model as M
 import parallel
+from distributed.collectives import ShardSpec
 from distributed.sharding import gradient_reduction_of
-from distributed.tensor import check_tensor, local_heads
+from distributed.tensor import check_tensor, cut_blocks, local_heads
 from formats.files import UserError
+from modules.low_bit import LowBit, LowBitLinear
 from parallel import Degrees, Topology
 
 pytestmark = pytest.mark.sweep(keep=2)
@@ -294,6 +296,70 @@ def test_adapters_on_integers_cut_in_two(two, tmp_path):
             )
         )
     compare(two, cases)
+
+
+NF4, INT8 = (("algo", "nf4"), ("blocksize", 16)), (("algo", "weight_only_int8"),)
+WIDE = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+
+
+def test_rounded_bases_cut_in_two(two, tmp_path):
+    """QLoRA: codes are parts of one process's codes, so that training is the same; whole under sharding."""
+    experts = dict(num_experts=6, moe_intermediate_size=32, shared_expert_intermediate_size=64)
+    folders = {
+        "llama": str(tiny_models.write(tmp_path / "llama", "llama", **WIDE)),
+        "bloom": str(tiny_models.write(tmp_path / "bloom", "bloom", hidden_size=64, n_head=4)),
+        "qwen2_moe": str(tiny_models.write(tmp_path / "qwen2_moe", "qwen2_moe", **WIDE, **experts)),
+    }
+    for name, low_bit in itertools.product(folders, (NF4, INT8)):
+        assert two.run("jobs_tensor:codes", folders[name], {"tp": 2}, low_bit) == [[], []], name
+    stage3 = {"sharding": 2, "stage": 3}
+    cases = [
+        ("llama", NF4, "lora", ways(2)),
+        ("llama", INT8, "dora_dropout", ways(2, sequence_parallel=True)),
+        ("bloom", NF4, "dora", ways(2, sequence_parallel=True)),
+        ("qwen2_moe", NF4, "lora", ways(2)),
+        ("qwen2_moe", INT8, "dropout", ways(2)),
+        ("llama", NF4, "lora", stage3),
+        ("qwen2_moe", INT8, "dora", stage3),
+    ]
+    compare(
+        two,
+        [
+            (
+                name,
+                dict(folder=folders[name], kind=kind, degrees=degrees, low_bit=low_bit, micro=1 + ("stage" in degrees)),
+            )
+            for name, low_bit, kind, degrees in cases
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "dim, shape, edges, blocksize, fits",
+    [
+        (1, [48, 64], (0, 32, 64), 64, None),  # 32 rows of 48: 24 blocks
+        (1, [3, 50], (0, 20, 50), 64, 4),
+        (1, [3, 50], (0, 20, 50), 4, None),  # the last block is short in one process too
+        (0, [96, 5], (0, 48, 96), 64, 16),
+        (0, [128, 5], (0, 64, 128), 64, None),
+        (0, [100, 64], (0, 64, 100), 64, 4),  # a block of one row ends in the next
+    ],
+)
+def test_blocks_are_whole_on_each_rank_or_refused(dim, shape, edges, blocksize, fits):
+    spec = ShardSpec(dim, [[part] for part in itertools.pairwise(edges)], 0, shape)
+    wrong = cut_blocks(spec, LowBit("nf4", blocksize))
+    assert wrong is None if fits is None else f"qlora_weight_blocksize {fits} is whole there" in wrong
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    if fits is not None:
+        blocksize = fits
+    low, whole = LowBit("nf4", blocksize), LowBitLinear(M.Linear(*shape, False), LowBit("nf4", blocksize))
+    whole.set_weight(weight.T)
+    assert cut_blocks(spec, low) is None
+    for rank in range(len(edges) - 1):
+        part = ShardSpec(dim, spec.ranges_by_rank, rank, shape)
+        layer = LowBitLinear(M.Linear(*part.slice(weight).shape, False), low)
+        layer.set_weight(part.slice(weight).T)
+        np.testing.assert_array_equal(layer.dequantized().numpy(), part.slice(whole.dequantized().numpy()))
 
 
 def test_adapters_are_loaded_and_written_whole(two, tmp_path):

@@ -299,21 +299,22 @@ std::vector<Tensor> Bf16Matmul(const Tensor& a, const Tensor& b, const MaybeTens
 }
 
 std::vector<Tensor> Bf16Lora(const Tensor& x, const MaybeTensor& dropped, const Tensor& w, const Tensor& a,
-                             const Tensor& b, const MaybeTensor& bias, float scaling) {
-  const Matrix of_x = matrix(x), of_dropped = dropped ? matrix(*dropped) : of_x;
-  Tensor y = fresh({of_x.rows, w.shape()[1]}, x), t = fresh({of_x.rows, a.shape()[1]}, x);
-  lora(of_x, dropped ? &of_dropped : nullptr, matrix(w), matrix(a), matrix(b), floats(bias), scaling, t.data<float>(),
+                             const Tensor& b, const MaybeTensor& bias, float scaling, bool w_column_major) {
+  const Matrix of_x = matrix(x), of_dropped = dropped ? matrix(*dropped) : of_x, of_w = matrix(w, w_column_major);
+  Tensor y = fresh({of_x.rows, of_w.cols}, x), t = fresh({of_x.rows, a.shape()[1]}, x);
+  lora(of_x, dropped ? &of_dropped : nullptr, of_w, matrix(a), matrix(b), floats(bias), scaling, t.data<float>(),
        y.data<float>());
   return {y, t};
 }
 
 std::vector<Tensor> Bf16LoraBackward(const Tensor& dy, const Tensor& x, const Tensor& t, const Tensor& w,
-                                     const Tensor& a, const Tensor& b, float scaling, bool want_dx, bool was_dropped) {
+                                     const Tensor& a, const Tensor& b, float scaling, bool want_dx, bool was_dropped,
+                                     bool w_column_major) {
   const Matrix of_x = matrix(x);
   Tensor dx = fresh({want_dx ? of_x.rows : 0, of_x.cols}, x),
          d_dropped = fresh({want_dx && was_dropped ? of_x.rows : 0, of_x.cols}, x), da = fresh(a.shape(), a),
          db = fresh(b.shape(), b);
-  lora_backward(matrix(dy), of_x, matrix(t), matrix(w), matrix(a), matrix(b), scaling,
+  lora_backward(matrix(dy), of_x, matrix(t), matrix(w, w_column_major), matrix(a), matrix(b), scaling,
                 want_dx ? dx.data<float>() : nullptr, want_dx && was_dropped ? d_dropped.data<float>() : nullptr,
                 da.data<float>(), db.data<float>());
   return {dx, d_dropped, da, db};
@@ -358,12 +359,12 @@ PD_BUILD_OP(cpu_bf16_matmul)
 PD_BUILD_OP(cpu_bf16_lora)
     .Inputs({"x", paddle::Optional("dropped"), "w", "a", "b", paddle::Optional("bias")})
     .Outputs({"y", "t"})
-    .Attrs({"scaling: float"})
+    .Attrs({"scaling: float", "w_column_major: bool"})
     .SetKernelFn(PD_KERNEL(Bf16Lora));
 PD_BUILD_OP(cpu_bf16_lora_backward)
     .Inputs({"dy", "x", "t", "w", "a", "b"})
     .Outputs({"dx", "d_dropped", "da", "db"})
-    .Attrs({"scaling: float", "want_dx: bool", "was_dropped: bool"})
+    .Attrs({"scaling: float", "want_dx: bool", "was_dropped: bool", "w_column_major: bool"})
     .SetKernelFn(PD_KERNEL(Bf16LoraBackward));
 PD_BUILD_OP(cpu_bf16_cross_entropy)
     .Inputs({"hidden", "weight", "labels"})

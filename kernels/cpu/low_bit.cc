@@ -1,8 +1,14 @@
-// Codes with a table of values and a scale per block (kernels.dequantize_table) -> a weight in float32, on the CPU.
+// Codes with a table of values and a scale per block (kernels.dequantize_table) -> a weight in float32 or bfloat16, on
+// the CPU.
 //
 // The weight is (out, in), flat; a byte holds one code, or two with the first in the high bits. A task decodes ROWS
-// rows into a buffer that stays in the cache, and writes them as they are or as columns of (in, out).
+// rows: in place, or into a buffer that stays in the cache and is written as columns of (in, out). With AVX-512, 16
+// codes of 4 bits are one permutation of the table.
+#include <immintrin.h>
+
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "op.h"
@@ -14,59 +20,41 @@ constexpr long ROWS = 16;
 
 struct Blocks {
   const uint8_t* codes;
-  const float *scales, *values;  // values (256, per_byte)
+  const float *scales, *values;  // values (256) or (16)
   long per_byte, size;           // weights of a byte, of a block
+  float value(long k) const {
+    return per_byte == 1 ? values[codes[k]] : values[k % 2 ? codes[k / 2] & 15 : codes[k / 2] >> 4];
+  }
 };
 
-static void decode(const Blocks& w, long from, long to, float* y) {
-  for (long k = from; k < to;) {
-    const long end = std::min(to, (k / w.size + 1) * w.size);
-    const float scale = w.scales[k / w.size];
-    if (w.per_byte == 1) {
-      for (; k < end; k++) *y++ = w.values[w.codes[k]] * scale;
-      continue;
-    }
-    if (k % 2 && k < end) *y++ = w.values[2 * w.codes[k / 2] + 1] * scale, k++;
-    for (; k + 1 < end; k += 2, y += 2) {
-      const float* pair = w.values + 2 * w.codes[k / 2];
-      y[0] = pair[0] * scale, y[1] = pair[1] * scale;
-    }
-    if (k < end) *y++ = w.values[2 * w.codes[k / 2]] * scale, k++;
-  }
-}
+#define BODY "low_bit.h"
+#include "every_isa.h"
 
 std::vector<paddle::Tensor> DequantizeTable(const paddle::Tensor& codes, const paddle::Tensor& scales,
                                             const paddle::Tensor& values, int n_in, int n_out, bool transposed,
-                                            int instructions) {
-  const long in = n_in, out = n_out, per_byte = values.shape()[1], blocks = scales.numel();
+                                            bool half, int instructions) {
+  const long in = n_in, out = n_out, per_byte = values.numel() == 256 ? 1 : 2, blocks = scales.numel();
   const long size = codes.numel() * per_byte / std::max(blocks, 1L);
-  PD_CHECK((per_byte == 1 || per_byte == 2) && values.shape()[0] == 256, "values are (256, 1) or (256, 2)");
+  PD_CHECK(values.numel() == 256 || values.numel() == 16, "values are (256) or (16)");
   PD_CHECK(blocks > 0 && size * blocks >= in * out && (size * blocks + per_byte - 1) / per_byte == codes.numel(),
            "sizes of codes and scales differ");
   const Blocks w{codes.data<uint8_t>(), scales.data<float>(), values.data<float>(), per_byte, size};
-  auto y = paddle::empty(transposed ? Shape{out, in} : Shape{in, out}, scales.dtype(), scales.place());
-  float* Y = y.data<float>();
-  parallel((out + ROWS - 1) / ROWS, [&](long task) {
-    const long first = task * ROWS, rows = std::min(ROWS, out - first);
-    if (transposed) return decode(w, first * in, (first + rows) * in, Y + first * in);
-    std::vector<float> buffer(rows * in);
-    decode(w, first * in, (first + rows) * in, buffer.data());
-    for (long i = 0; i < in; i++)
-      for (long r = 0; r < rows; r++) Y[i * out + first + r] = buffer[r * in + i];
-  });
+  auto y = paddle::empty(transposed ? Shape{out, in} : Shape{in, out}, half ? Type::BFLOAT16 : Type::FLOAT32,
+                         scales.place());
+  const int at = level(instructions);
+  PICK(at, dequantize)(w, in, out, transposed, half, y.data());
   return {y};
 }
 
 static std::vector<Shape> TableShape(const Shape& codes, const Shape& scales, const Shape& values, const int& n_in,
-                                     const int& n_out, const bool& transposed, const int& instructions) {
+                                     const int& n_out, const bool& transposed, const bool& half,
+                                     const int& instructions) {
   return {transposed ? Shape{n_out, n_in} : Shape{n_in, n_out}};
 }
-static std::vector<Type> TableType(Type codes, Type scales, Type values) { return {scales}; }
 
 PD_BUILD_OP(cpu_dequantize_table)
     .Inputs({"codes", "scales", "values"})
     .Outputs({"y"})
-    .Attrs({"n_in: int", "n_out: int", "transposed: bool", "instructions: int"})
+    .Attrs({"n_in: int", "n_out: int", "transposed: bool", "half: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(DequantizeTable))
-    .SetInferShapeFn(PD_INFER_SHAPE(TableShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(TableType));
+    .SetInferShapeFn(PD_INFER_SHAPE(TableShape));

@@ -2,14 +2,15 @@
 
     python tests/bench/bench_train.py --task train_full --config A --dtype fp32            # one AdamW step, 4 x 512 ids
     python tests/bench/bench_train.py --task train_lora --config B --dtype fp32            # the same, LoRA of rank 8
+    python tests/bench/bench_train.py --task train_lora --model FOLDER --weight_quantize_algo nf4 --batch 2 --seq 256
     python tests/bench/bench_train.py --task sft --config B --mode zero_padding --profile  # an epoch of ragged samples
     python tests/bench/bench_train.py --task dpo --config B                                # an epoch of pairs
 
 Models: Llamas of random weights, A (134 M), B (5 M) and C (494 M), read from $PEERS/models/NAME (PEERS: by default
 ~/.cache/llm-peers) if they exist, else drawn here in the same shape: the speed does not depend on the weights, and
-`weights` in the result says which it was. The last line of the output is one JSON object; tok_s counts the batch's ids,
-eff_tok_s only those that are not padding. --dtype bf16 multiplies in bfloat16; where the processor cannot, `compute`
-says fp32.
+`weights` in the result says which it was. --model: any other, a folder. The last line of the output is one JSON object;
+tok_s counts the batch's ids, eff_tok_s only those that are not padding. --dtype bf16 multiplies in bfloat16; where the
+processor cannot, `compute` says fp32.
 
 Modes of sft, each over the same samples: `padding` (8 samples a batch in the order of the file, padded to the longest),
 `grouped` (the same, 8 of similar length, as finetune.py does without zero_padding), `zero_padding` (best-fit rows of
@@ -33,7 +34,7 @@ from unittest import mock
 
 import paths  # noqa: F401
 
-THREADS = 2
+THREADS = min(2, len(os.sched_getaffinity(0)))
 if __name__ == "__main__":  # read once, when Paddle is first imported; its own default is one thread
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
@@ -44,14 +45,16 @@ import paddle
 from paddle.autograd import PyLayer
 
 import dpo
+import parallel
 import trainer
-from adapters import apply_lora, cast_frozen_to_bf16, from_pretrained, trainable_weights
+from adapters import apply_lora, cast_frozen_to_bf16, trainable_weights
 from alignment.preference import loss_and_metrics, pair_counts, reply_logps
 from arguments import TrainingArgs
 from data import IGNORED, SFTLoader, collate_pairs, pair_sample
 from families import ModelConfig
 from formats.weights import init_weights
-from model import build
+from model import block_linears, build
+from modules.low_bit import ALGORITHMS, LowBit, round_base
 
 SHAPES = {
     "A": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
@@ -121,13 +124,16 @@ def next_ids(ids, first=0):
     return labels
 
 
-def load_model(config):
+def load_model(config, folder=None, low_bit=None):
     """(model, where its weights are from)"""
-    folder = Path(os.environ.get("PEERS", "~/.cache/llm-peers")).expanduser() / "models" / config
-    if (folder / "config.json").is_file():
-        return from_pretrained(folder), str(folder)
+    if folder is None:
+        folder = Path(os.environ.get("PEERS", "~/.cache/llm-peers")).expanduser() / "models" / config
+    if (Path(folder) / "config.json").is_file():
+        return parallel.from_pretrained(folder, parallel.SINGLE, low_bit=low_bit), str(folder)
     model = build(ModelConfig.from_dict({**COMMON, **SHAPES[config]}))
     init_weights(model, seed=0)
+    if low_bit is not None:
+        round_base(block_linears(model), low_bit)
     return model, "drawn"
 
 
@@ -179,13 +185,17 @@ class Profile:
     """
 
     def __init__(self):
-        self.seconds, self.calls = {}, {}
+        self.seconds, self.calls, self.inside = {}, {}, []  # inside: seconds of what each running op has called
 
     def timed(self, name, function):
         def run(*args, **kwargs):
             start = time.perf_counter()
+            self.inside.append(0.0)
             result = function(*args, **kwargs)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds - self.inside.pop()
+            if self.inside:
+                self.inside[-1] += seconds
             self.calls[name] = self.calls.get(name, 0) + 1
             return result
 
@@ -205,8 +215,8 @@ class Profile:
                         clock = staticmethod(self.timed(f"backward {name}", layer.backward))
                         stack.enter_context(mock.patch.object(layer, "backward", clock))
             for owner, name, label in (
-                (model, "forward", "forward"),
-                (paddle.Tensor, "backward", "backward"),
+                (model, "forward", "forward the rest"),
+                (paddle.Tensor, "backward", "backward the rest"),
                 (sys.modules[__name__], "global_grad_norm", "gradient norm"),
             ):
                 clock = self.timed(label, getattr(owner, name))
@@ -214,9 +224,6 @@ class Profile:
             yield
 
     def print(self, total):
-        for phase in ("forward", "backward"):
-            ops = [n for n in self.seconds if n.startswith(phase + "  ") or n.startswith(phase + " _")]
-            self.seconds[f"{phase} the rest"] = self.seconds.pop(phase) - sum(self.seconds[n] for n in ops)
         self.seconds["outside these"] = total - sum(self.seconds.values())
         for name, seconds in sorted(self.seconds.items(), key=lambda row: -row[1]):
             calls = self.calls.get(name, "-")
@@ -227,7 +234,7 @@ class Profile:
 # ================================================================================================== the tasks
 
 
-def workload(options):
+def workload(options, vocab_size):
     """(function of a repetition's number that yields its batches, 0 the warm-up; real tokens of a repetition)"""
     if options.task == "sft":
         samples = Samples(options.config)
@@ -239,7 +246,7 @@ def workload(options):
     if options.task == "dpo":
         pairs, count = Pairs(options.config), options.batch or 4
         return lambda i: (pairs.batch(first, count) for first in range(0, len(pairs.pairs), count)), pairs.tokens
-    ids = random_ids(options.config, (options.batch or 4, options.seq), np.random.default_rng(3))
+    ids = np.random.default_rng(3).integers(10, vocab_size, (options.batch or 4, options.seq))
     batch = {"input_ids": ids, "labels": next_ids(ids)}
     return lambda i: [batch] if i else [batch, batch], ids.size  # two steps of warm-up, as the peers
 
@@ -248,7 +255,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=["train_full", "train_lora", "sft", "dpo"])
     parser.add_argument("--config", default="A", choices=list(SHAPES))
+    parser.add_argument("--model", metavar="FOLDER", help="of train_*: a model in place of --config")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--weight_quantize_algo", choices=list(ALGORITHMS), help="of train_lora: QLoRA's base")
     modes = ["", "padding", "grouped", "zero_padding"]
     parser.add_argument("--mode", default="", choices=modes, help="of sft; default padding")
     parser.add_argument("--reps", type=int, default=3, help="timed steps, or epochs of sft and dpo, after a warm-up")
@@ -256,9 +265,14 @@ def parse(argv):
     parser.add_argument("--seq", type=int, default=512, help="ids of a row of train_*")
     parser.add_argument("--kernels", default="auto", help="back ends, see kernels/__init__.py")
     parser.add_argument("--profile", action="store_true", help="where the time goes, on stderr")
+    parser.add_argument("--in_turns", action="store_true", help="each repetition waits for a line on stdin")
     options = parser.parse_args(argv)
     if options.task != "sft" and options.mode:
         parser.error("--mode is for sft")
+    if options.model and not options.task.startswith("train_"):
+        parser.error("--model is for train_full and train_lora")
+    if options.weight_quantize_algo and options.task != "train_lora":
+        parser.error("--weight_quantize_algo is for train_lora")
     options.mode = options.mode or ("padding" if options.task == "sft" else "")
     return options
 
@@ -275,7 +289,8 @@ def main(argv=None):
     kernels.configure("cpu", options.kernels, options.dtype == "bf16")
     paddle.base.core.set_num_threads(THREADS)
     print(f"kernels: {kernels.describe()}")
-    model, source = load_model(options.config)
+    low_bit = LowBit(options.weight_quantize_algo) if options.weight_quantize_algo else None
+    model, source = load_model(options.config, options.model, low_bit)
     if options.task == "train_lora":
         apply_lora(model, rank=8, alpha=16)
         if kernels.bf16:
@@ -287,9 +302,11 @@ def main(argv=None):
     decay, clip = (0.0, 1.0) if epochs else (0.01, 0.0)  # as the peers' trainers and bare steps have them
     args = TrainingArgs(learning_rate=1e-4, weight_decay=decay, max_grad_norm=clip)
     optimizer = trainer.AdamW(weights, args)
-    batches, tokens = workload(options)
+    batches, tokens = workload(options, model.config.vocab_size)
     profile, rates, losses, total = Profile(), [], [], 0.0
     for i in range(options.reps + 1):
+        if options.in_turns and i:
+            sys.stdin.readline()
         with profile.clocks(model) if options.profile and i else contextlib.nullcontext():
             start = time.perf_counter()  # making and collating the batches counts
             found = [training_step(model, weights, optimizer, batch, args, loss_of) for batch in batches(i)]
@@ -309,6 +326,7 @@ def main(argv=None):
         "config": options.config,
         "dtype": options.dtype,
         "mode": options.mode,
+        "base": options.weight_quantize_algo,
         "threads": THREADS,
         "eff_tok_s" if epochs else "tok_s": summary(rates),
         "compute": "bf16" if kernels.bf16 else "fp32",

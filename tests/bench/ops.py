@@ -158,13 +158,17 @@ def quant_linear(rows=1, n_in=4096, n_out=4096, group=128):
 
 
 def dequantize_table(n_in=4096, n_out=4096, group=64):
-    values = paddle.rand([256, 2])
+    values = paddle.rand([16])
     codes = paddle.randint(0, 256, [n_in * n_out // 2], dtype="int32").astype("uint8")
     scales = paddle.rand([n_in * n_out // group])
-    for transposed in (False, True):
-        run = lambda t=transposed: kernels.dequantize_table(codes, scales, values, n_in, n_out, t)
-        part = "transposed" if transposed else "forward"
-        yield Case(f"{n_in} x {n_out}, nf4", part, "memory", n_in * n_out * (0.5 + 4 + 4 / group), run)
+    for part, transposed, kind in (
+        ("forward", False, "float32"),
+        ("transposed", True, "float32"),
+        ("transposed, bf16", True, "bfloat16"),
+    ):
+        run = lambda how=(transposed, kind): kernels.dequantize_table(codes, scales, values, n_in, n_out, *how)
+        size = n_in * n_out * (0.5 + (2 if kind == "bfloat16" else 4) + 4 / group)
+        yield Case(f"{n_in} x {n_out}, nf4", part, "memory", size, run)
 
 
 def attention(T=2048, H=12, Dh=64, document=None, kind="float32"):

@@ -22,6 +22,7 @@ from checkpoint import CheckpointManager
 from distributed.collectives import Gloo, _AllToAllV
 from distributed.sharding import ZeroOptimizer
 from distributed.watchdog import Launch
+from modules.low_bit import LowBit, LowBitLinear
 
 # epsilon: an element whose gradient is rounding alone would be moved by as much as any other, this way or that.
 ARGS = types.SimpleNamespace(adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-5, weight_decay=0.01, learning_rate=2e-3)
@@ -144,12 +145,13 @@ def both(
     folder=None,
     adapter=None,
     one_expert=False,
+    low_bit=None,
 ):
     """Train cut and whole: (largest relative difference of losses and norms, largest of gradients relative to each
     one's largest, its name, [norm of each step]).
 
     folder: where the model is read from; else it is drawn. adapter: a folder, put on in place of `kind`. one_expert:
-    all routers choose the same experts for every token."""
+    all routers choose the same experts for every token. low_bit: how the base is rounded, as pairs of LowBit's."""
     topology = grid(**degrees)
     options = dict(
         kind=kind,
@@ -162,6 +164,7 @@ def both(
         folder=folder,
         adapter=adapter,
         one_expert=one_expert,
+        low_bit=low_bit,
     )
     (rows, found, elsewhere), (expected, gradients, _) = trained(name, topology, **options), alone(name, **options)
     worst = max(abs(a - b) / abs(b) for row, wanted in zip(rows, expected) for a, b in zip(row, wanted))
@@ -178,11 +181,12 @@ def both(
     return worst, off.get(name_of_worst, 0.0), name_of_worst, [norm for _, norm in expected]
 
 
-def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, folder, adapter, one_expert):
+def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, folder, adapter, one_expert, low_bit):
     if folder is None:
         model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **dict(changes))), topology))
     else:
-        model = parallel.from_pretrained(folder, topology)
+        low_bit = low_bit and LowBit(**dict(low_bit))
+        model = parallel.from_pretrained(folder, topology, low_bit=low_bit)
     if one_expert:
         for weight in formats.weights.named_weights(model):
             if weight.name.endswith(".gate.weight"):
@@ -213,6 +217,17 @@ def many(cases):
         except Exception:
             found.append((traceback.format_exc(), None, name, time.perf_counter() - begin))
     return found
+
+
+def codes(folder, degrees, low_bit):
+    """Names of the linears whose dequantized weight, of all ranks, is not to the bit that of one process."""
+    low_bit, topology = LowBit(**dict(low_bit)), grid(**degrees)
+    cut, whole = (parallel.from_pretrained(folder, where, low_bit=low_bit) for where in (topology, parallel.SINGLE))
+    wanted = {path: layer.full_weight() for path, (_, _, layer) in M.block_linears(whole).items()}
+    layers = {path: layer for path, (_, _, layer) in M.block_linears(cut).items()}
+    assert layers.keys() == wanted.keys() and all(isinstance(layer, LowBitLinear) for layer in layers.values())
+    assert sum(x.nbytes() for x in layers.values()) < 0.75 * sum(x[2].nbytes() for x in M.block_linears(whole).values())
+    return [path for path, layer in layers.items() if not np.array_equal(layer.full_weight(), wanted[path])]
 
 
 def tokens(name, degrees, kind="full", folder=None, new=9, changes=None):
