@@ -47,10 +47,14 @@ TOLERANCE = {"hf": 0.001, "F32": 0.005, "F16": 0.01, "BF16": 0.05, "gptq": 0.02,
 ROUNDED_INPUTS = 0.15
 
 _HEAD = """
-import json, sys
+import json, os, sys
 import numpy as np
 job = json.load(sys.stdin)
 ids, tokens, logits = [], [], []
+"""
+_CONFIG = """
+config = open(os.path.join(job["model"], "config.json")).read()
+is_gptq = '"quant_method": "gptq"' in config or '"quant_method": "awq"' in config
 """
 _TAIL = """
 np.savez(job["out"], ids=json.dumps(ids), tokens=json.dumps(tokens), **{f"logits_{i}": a for i, a in enumerate(logits)})
@@ -74,32 +78,36 @@ for prompt in job["prompts"]:
     tokens.append(new)
     logits.append(np.array(llm.scores[first : first + len(new)], np.float32))
 """,
-    "transformers": """
+    "transformers": _CONFIG
+    + """
 import torch, transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
-model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+dtype = torch.float16 if is_gptq else torch.float32  # gptqmodel's kernels have 16 bits
+model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval()
 ids = [tokenizer(text)["input_ids"] for text in job["texts"]]
-for prompt in job["prompts"]:
-    new, rows, cache, given = [], [], None, prompt
-    for _ in range(job["count"]):
-        with torch.no_grad():
-            out = model(torch.tensor([given]), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(out.logits[0, -1].float().numpy())
-        new.append(int(rows[-1].argmax()))
-        if new[-1] in job["stops"]:
-            break
-        given = new[-1:]
-    tokens.append(new)
-    logits.append(np.stack(rows))
+model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=job["stops"] or None)
+width = max(map(len, job["prompts"]))
+prompts = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in job["prompts"]])
+mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in job["prompts"]])
+options = dict(max_new_tokens=job["count"], do_sample=False, output_logits=True, return_dict_in_generate=True)
+out = model.generate(prompts, attention_mask=mask, **options)  # all at once: gptqmodel unpacks weights for each
+rows = torch.stack(out.logits, 1).float().numpy()
+for new, row in zip(out.sequences[:, width:].tolist(), rows):
+    ends = [i + 1 for i, token in enumerate(new) if token in job["stops"]]
+    tokens.append(new[: ends[0] if ends else len(new)])
+    logits.append(row[: len(tokens[-1])])
 """,
-    "vllm": """
-import os
+    "vllm": _CONFIG
+    + """
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 import vllm
+try:  # its kernel of int8 for AMX has no float32, and rounds each token by its own largest value whatever the file says
+    import vllm.model_executor.kernels.linear.scaled_mm.cpu as int8
+    int8.check_cpu_sgl_kernel = lambda *shape: False
+except ImportError:
+    pass
 length = max(map(len, job["prompts"])) + job["count"] + 8
-config = open(os.path.join(job["model"], "config.json")).read()
-dtype = "float16" if '"bits": 4' in config or '"num_bits": 4' in config else "float32"  # no such kernel in float32
+dtype = "float16" if is_gptq or "pack-quantized" in config else "float32"  # those kernels have no float32
 llm = vllm.LLM(job["model"], dtype=dtype, max_model_len=length, enforce_eager=True, seed=0)
 ids = [llm.get_tokenizer()(text)["input_ids"] for text in job["texts"]]
 params = vllm.SamplingParams(temperature=0, max_tokens=job["count"], stop_token_ids=job["stops"], logprobs=20)

@@ -5,6 +5,8 @@ import re
 QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the supported values
     "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
     "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor", "mixed")},
+    "weight_only_fp8": {"bits": (8,)},
+    "a8w8_fp8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
 }
 DEQUANTIZED = {  # quant_method of what formats/dequantize.py opens as floats: {key: what it may be, the default first}
     "gptq": {"bits": (4, 2, 3, 8), "checkpoint_format": ("gptq", "gptq_v2", None)},
@@ -36,6 +38,12 @@ def bits_of(quantization: dict, module: str) -> int:
         if not pattern.startswith("-:") and "bits" in values and re.match(pattern.removeprefix("+:"), module):
             return values["bits"]
     return quantization.get("bits", quantization.get("w_bit"))
+
+
+def scheme_of(quantization: dict, module: str) -> str:
+    """The scheme of the QuantLinear that a module of a model with these integers is."""
+    method = quantization["quant_method"]
+    return f"w{bits_of(quantization, module)}" if method == "gptq" else method.removeprefix("weight_only_")
 
 
 def all_bits(quantization: dict) -> list[int]:

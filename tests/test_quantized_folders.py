@@ -12,6 +12,8 @@ import pytest
 import tiny_models
 from conftest import ROOT
 from test_export import DEMO, quantized, run, tokenizer_into
+from test_quantize import keys_of, world  # noqa: F401, world is a fixture
+from test_quantize import run as quantize_run
 
 import adapters
 import formats.weights
@@ -29,6 +31,10 @@ from formats.tensor_files import (
     write_safetensors,
 )
 from modules import low_bit
+from serving.engine import Engine, Request
+from serving.fused import FusedRunner, why_not_fused
+from serving.runners import PagedRunner
+from serving.sampling import SamplingParams
 
 GOLDEN = dict(np.load(ROOT / "tests" / "golden" / "quantized_folders.npz"))
 
@@ -217,6 +223,92 @@ def test_fp8_out_and_in_again(tmp_path):
         run(tmp_path / "b", model_name_or_path=quantized("w8", tmp_path / "w8"), format="fp8")
 
 
+# ============================================================================================ quantize.py's fp8
+
+E4M3 = np.sort(float8_values(4)[np.r_[:127, 128:255]])  # all values, rising
+
+
+def nearest_float8(values):
+    """By looking at all of them; a midpoint to the one with an even code, which is the one with more zeros."""
+    right = np.searchsorted(E4M3, values).clip(1, len(E4M3) - 1)
+    low, high = E4M3[right - 1], E4M3[right]
+    even = np.where(to_float8(high) % 2 == 0, high, low)
+    return np.where(values - low == high - values, even, np.where(values - low < high - values, low, high))
+
+
+FP8 = {  # name: (keys, whether inputs are rounded, the scale of a compressed-tensors input)
+    "fp8": ({"quant_type": "weight_only_fp8", "dataset_name_or_path": ""}, False, None),
+    "one_scale": ({"quant_type": "fp8", "weight_quant_method": "abs_max"}, False, None),
+    "tensor": ({"quant_type": "a8w8_fp8", "act_quant_method": "abs_max"}, True, "tensor"),
+    "token": ({"quant_type": "a8w8_fp8", "activation": "per_token"}, True, "token"),
+}
+
+
+@pytest.mark.sweep(keep=4)
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_of_quantize_py(name, world, tmp_path):  # noqa: F811
+    """The folder holds e4m3, so does the model in memory; products are those of the dequantized weights, and of inputs
+    rounded by looking at all values; other layouts hold the same."""
+    keys, rounds, strategy = FP8[name]
+    out, plain = tmp_path / "out", M.block_linears(adapters.from_pretrained(world / "base"))
+    quantize_run(keys_of(world, out, do_ptq=True, do_eval=name == "tensor", skip_list_names="1.mlp.down_proj", **keys))
+    report = json.loads((out / "quant_report.json").read_text())
+    assert len(report["linears"]) == 13 and 8 < report["bits_per_weight"] < 10
+    assert all(0.005 < row["error"] < (0.06 if rounds else 0.04) for row in report["linears"])
+    assert (report["dev_after"] is not None) == (name == "tensor")
+    model, rng = adapters.from_pretrained(out), np.random.default_rng(0)
+    for path, (_, _, layer) in M.block_linears(model).items():
+        weight, x = plain[path][2].weight.numpy(), rng.standard_normal((7, layer.n_in)).astype(np.float32)
+        if path == "model.layers.1.mlp.down_proj":
+            np.testing.assert_array_equal(layer.weight.numpy(), weight)
+            continue
+        assert layer.qweight.dtype == paddle.uint8 and layer.qweight.size == weight.size
+        assert sum(b.numpy().nbytes for b in layer.buffers()) < 1.2 * weight.size
+        largest = np.abs(weight).max(0) if name != "one_scale" else np.full(layer.n_out, np.abs(weight).max())
+        scales = (largest / 448).astype(np.float32)
+        expected = nearest_float8(weight / scales) * scales
+        np.testing.assert_allclose(layer.dequantized().numpy(), expected, rtol=1e-6, err_msg=path)
+        rounded = x
+        if rounds:
+            x[0] *= 100  # what static scales clip
+            scale = np.abs(x).max(1, keepdims=True) / 448 if strategy == "token" else layer.input_scale.numpy()
+            rounded = nearest_float8((x / scale).clip(-448, 448)) * scale
+        y = layer.product(paddle.to_tensor(x)).numpy()
+        np.testing.assert_allclose(y, rounded @ expected, rtol=1e-5, atol=1e-5 * np.abs(y).max(), err_msg=path)
+    ids = paddle.to_tensor(rng.integers(3, 3000, (2, 11)))
+    logits = model.eval()(ids).numpy()
+    for format in ("hf", "compressed-tensors", "static"):
+        other = run(tmp_path / format, model_name_or_path=out, format=format)
+        if format == "hf":
+            np.testing.assert_array_equal(adapters.from_pretrained(other).eval()(ids).numpy(), logits)
+    config = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    inputs = config["config_groups"]["group_0"]["input_activations"]
+    assert config["format"] == "float-quantized" and (inputs and inputs["strategy"]) == strategy
+    assert "model.layers.1.mlp.down_proj" in config["ignore"]
+    floats = M.block_linears(adapters.from_pretrained(tmp_path / "compressed-tensors"))
+    for path, (_, _, layer) in M.block_linears(model).items():
+        np.testing.assert_allclose(floats[path][2].weight.numpy(), layer.full_weight(), rtol=1e-6, err_msg=path)
+
+
+def test_fp8_is_served_in_one_call_and_trains_lora(world, tmp_path):  # noqa: F811
+    out, request = tmp_path / "out", Request(list(range(5, 30)), SamplingParams(max_tokens=6, temperature=0.0))
+    quantize_run(keys_of(world, out, do_ptq=True, quant_type="fp8"))
+    floats = run(tmp_path / "floats", model_name_or_path=out, dequantize=True)
+    replies = [
+        Engine(runner(adapters.from_pretrained(folder), 16, 16), num_blocks=16, block_size=16).generate([request])
+        for runner, folder in ((PagedRunner, out), (FusedRunner, out), (FusedRunner, floats))
+    ]
+    assert replies[0][0][0].token_ids == replies[1][0][0].token_ids == replies[2][0][0].token_ids
+    model = adapters.apply_lora(adapters.from_pretrained(out), rank=2)
+    model(paddle.to_tensor([[5, 6, 7]])).sum().backward()
+    assert all(lora.lora_B.grad.abs().sum() > 0 for lora in adapters.lora_layers(model).values())
+    quantize_run(keys_of(world, tmp_path / "rounded", do_ptq=True, quant_type="a8w8_fp8"))
+    model = adapters.from_pretrained(tmp_path / "rounded")
+    assert why_not_fused(model, None, "float32") == "it does not round the inputs of products to e4m3"
+    with pytest.raises(UserError, match="a8w8_fp8: rounded activations have no gradient"):
+        adapters.trainable_weights(adapters.apply_lora(model, rank=2))
+
+
 def test_layouts_that_a_model_does_not_fit(tmp_path):
     eight = quantized("w8", tmp_path / "w8")
     for source, format, reason in (
@@ -236,7 +328,7 @@ def test_layouts_that_a_model_does_not_fit(tmp_path):
     [
         (
             {"quant_method": "hqq"},
-            "quant_method 'hqq' cannot be read; readable are gptq, a8w8, awq, compressed-tensors",
+            "quant_method 'hqq' cannot be read; readable are gptq, a8w8, weight_only_fp8, a8w8_fp8, awq",
         ),
         ({"quant_method": "gptq", "bits": 5}, "bits = 5; readable are 4, 2, 3, 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
