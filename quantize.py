@@ -37,7 +37,7 @@ from adapters import base_folders, from_pretrained, load_adapter, merge
 from arguments import ScriptArgs
 from data import CorpusLoader, SFTDataset, SFTLoader
 from formats.files import UserError, atomic_file
-from formats.quantization_config import bits_of
+from formats.quantization_config import bits_of, leave_out
 from formats.tokenizer import Tokenizer
 from formats.weights import named_weights, save_pretrained
 from model import CausalLM, block_linears
@@ -434,12 +434,15 @@ def report_line(row: dict, percdamp: float) -> str:
 
 def quantization_config(args: Args, skipped: list[str], rows: list[dict]) -> dict:
     """What config.json says of the integers; skipped: linears that stay floats; rows: of the report."""
+    method = METHODS[args.method].config(args)
     config = {"bits": args.bits, "group_size": args.group_size, "algorithm": args.algorithm, "shift": args.shift}
     if skipped:
         config["modules_to_not_convert"] = skipped
+        if method["quant_method"] == "gptq":
+            config |= leave_out(skipped, [row["linear"] for row in rows])
     if args.weights_type == "a8w8" and args.activation == "mixed":
         config["per_token_modules"] = [row["linear"] for row in rows if not row["static"]]
-    return {**METHODS[args.method].config(args), **config}
+    return {**method, **config}
 
 
 # ======================================================================== main

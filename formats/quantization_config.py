@@ -20,16 +20,27 @@ KEYS = ("quantization_config", "compression_config")  # of config.json; the seco
 
 
 def runs_as_integers(quantization: dict) -> bool:
-    """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other."""
-    if any(quantization.get(key) for key in ("modules_in_block_to_quantize", "lm_head")):
+    """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other, but for
+    those that modules_to_not_convert names; leave_out() says them in other words too, which are not read then."""
+    known, is_ours = QUANTIZATIONS["gptq"], bool(quantization.get("modules_to_not_convert"))
+    if quantization.get("lm_head") or quantization.get("modules_in_block_to_quantize") and not is_ours:
         return False
-    known, dynamic = QUANTIZATIONS["gptq"], quantization.get("dynamic") or {}
+    dynamic = {p: v for p, v in (quantization.get("dynamic") or {}).items() if not (is_ours and p[:2] == "-:")}
     of_bits = [{"bits": quantization.get("bits")}, *dynamic.values()]
     return (
         quantization.get("checkpoint_format") in known["checkpoint_format"]
         and all(pattern[:2] == "+:" for pattern in dynamic)
         and all(values.keys() == {"bits"} and values["bits"] in known["bits"] for values in of_bits)
     )
+
+
+def leave_out(skipped: list[str], quantized: list[str]) -> dict:
+    """Keys of quantization_config for linears that stay floats, as GPTQModel and vLLM read them (dynamic) and as
+    transformers does (modules_in_block_to_quantize, ends of names); quantized: all others of the blocks."""
+    ends = [list(dict.fromkeys(re.sub(r".*?\.\d+\.", "", path, count=1) for path in p)) for p in (quantized, skipped)]
+    uniform = not {*ends[0]} & {*ends[1]}
+    pattern = "|".join(map(re.escape, skipped))
+    return {"dynamic": {f"-:^({pattern})$": {}}, "modules_in_block_to_quantize": [ends[0] if uniform else quantized]}
 
 
 def bits_of(quantization: dict, module: str) -> int:
@@ -48,7 +59,7 @@ def scheme_of(quantization: dict, module: str) -> str:
 
 def all_bits(quantization: dict) -> list[int]:
     """The bits that modules of a GPTQ model may have, the least first."""
-    others = (values["bits"] for values in (quantization.get("dynamic") or {}).values())
+    others = (values["bits"] for values in (quantization.get("dynamic") or {}).values() if "bits" in values)
     return sorted({quantization["bits"], *others})
 
 

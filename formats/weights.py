@@ -435,7 +435,7 @@ def load_weights(
         if shard is None:
             continue
         array, wanted = weight.read(tensors[name].read, shard.extent), weight.stored or "float32"
-        if wanted.startswith("int") != (array.dtype.kind == "i"):
+        if ("int" in wanted) != (array.dtype.kind in "iu"):
             raise UserError(f"{path}: {name} has dtype {array.dtype}; {wanted} is needed")
         shard.set(array)
     for name, (_, _, layer) in block_linears(model).items():

@@ -1,9 +1,11 @@
 """Folders that other tools quantized open as floats: tensors against those tools' own reading, models, refusals.
 
 python -m pytest tests/test_quantized_folders.py      # CPU, some seconds
+python -m pytest tests/test_quantized_folders.py --gptq-python PYTHON --vllm-python PYTHON    # and clients open them
 """
 
 import json
+import re
 import struct
 
 import numpy as np
@@ -16,10 +18,12 @@ from test_quantize import keys_of, world  # noqa: F401, world is a fixture
 from test_quantize import run as quantize_run
 
 import adapters
+import export
 import formats.weights
 import model as M
 from formats.dequantize import METHODS, float_tensors, unpack
 from formats.files import UserError
+from formats.quantization_config import all_bits, bits_of, leave_out, runs_as_integers
 from formats.quantized_export import to_float8
 from formats.tensor_files import (
     StoredTensor,
@@ -318,6 +322,56 @@ def test_layouts_that_a_model_does_not_fit(tmp_path):
         with pytest.raises(UserError, match=reason):
             run(tmp_path / "out", model_name_or_path=source, format=format)
         assert not (tmp_path / "out").exists()
+
+
+# ======================================================================================================= clients
+
+W4 = {"do_ptq": True, "quant_type": "wint4", "group_size": 64, "dataset_name_or_path": ""}
+A8W8 = {"do_ptq": True, "quant_type": "a8w8", "ptq_step": 1}
+OPENED = {  # name: (quantize.py's keys, format, clients)
+    "gptq": (W4, "hf", ("gptq", "vllm")),
+    "gptq_skip": ({**W4, "skip_list_names": "down_proj"}, "hf", ("gptq", "vllm")),
+    "gptq_skip_one": ({**W4, "skip_list_names": "3.mlp.down_proj"}, "hf", ("gptq", "vllm")),
+    "awq": ({**W4, "sym": False}, "awq", ("gptq", "vllm")),
+    "ct_mixed": ({"do_ptq": True, "bits": 6.0, "group_size": 64, "gptq_step": 1}, "compressed-tensors", ("vllm/hf",)),
+    "ct_tensor": (A8W8, "compressed-tensors", ("vllm", "vllm/hf")),
+    "ct_token": ({**A8W8, "activation": "per_token"}, "compressed-tensors", ("vllm", "vllm/hf")),
+    "ct_fp8": ({"do_ptq": True, "quant_type": "fp8", "dataset_name_or_path": ""}, "compressed-tensors", ("vllm/hf",)),
+    "ct_fp8_tensor": ({**A8W8, "quant_type": "a8w8_fp8"}, "compressed-tensors", ("vllm/hf",)),
+    "ct_fp8_token": (
+        {**A8W8, "quant_type": "a8w8_fp8", "activation": "per_token"},
+        "compressed-tensors",
+        ("vllm", "vllm/hf"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name, client", [(name, client) for name, row in OPENED.items() for client in row[2]])
+def test_clients_compute_the_same(name, client, world, tmp_path, request, monkeypatch, capsys):  # noqa: F811
+    """transformers (with gptqmodel, or in vllm's Python) and vllm open what quantize.py made."""
+    python = request.config.getoption(f"--{client.partition('/')[0]}-python")
+    if python is None:
+        pytest.skip(f"needs --{client.partition('/')[0]}-python: a Python with it")
+    monkeypatch.setattr(export, "QUESTIONS", export.QUESTIONS[:3])
+    keys, format, _ = OPENED[name]
+    keys = keys_of(world, tmp_path / "out", src_length=200, max_length=400) | {"model_name_or_path": str(DEMO), **keys}
+    quantize_run(keys)
+    who = "vllm" if client == "vllm" else "transformers"
+    keys = {"format": format, "verify_with": python, "verify_client": who}
+    run(tmp_path / "export", model_name_or_path=tmp_path / "out", **keys)
+    assert f"{who}: same ids of" in capsys.readouterr().out
+
+
+def test_skipped_linears_are_named_in_the_words_of_every_reader():
+    names = [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
+    keys = leave_out(names[1::2], names[::2])
+    assert keys["modules_in_block_to_quantize"] == [["self_attn.q_proj"]]  # the same in every block
+    one = leave_out(names[3:], names[:3])
+    assert one["modules_in_block_to_quantize"] == [names[:3]]
+    config = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", **one}
+    assert [re.match(pattern[2:], name) is not None for pattern in one["dynamic"] for name in names] == [0, 0, 0, 1]
+    assert runs_as_integers(config | {"modules_to_not_convert": names[3:]}) and not runs_as_integers(config)
+    assert bits_of(config, names[0]) == 4 and all_bits(config) == [4]
 
 
 # ====================================================================================================== refusals
