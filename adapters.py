@@ -125,9 +125,9 @@ def tokenizer_folder(path: str | Path, adapter: str | Path | None = None) -> Pat
 def trainable_weights(model: CausalLM) -> list[Weight]:
     """The weights that have a gradient: PEFT's names for adapters and prefix, Hugging Face's for the others."""
     if (quantization := model.config.quantization) is not None:
-        if quantization["quant_method"] == "a8w8":
+        if (method := quantization["quant_method"]).startswith("a8w8"):
             raise UserError(
-                "the model is quantized to a8w8: rounded activations have no gradient; train the float model"
+                f"the model is quantized to {method}: rounded activations have no gradient; train the float model"
             )
         if not lora_layers(model) and model.prefix is None:
             raise UserError(

@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
@@ -315,16 +316,19 @@ def export_quantized(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
     del model, weights  # one at a time in memory
     reloaded = from_pretrained(folder).eval()
     largest = difference(dynamic_logits(reloaded, ids, mask), expected, 1e-4, "the folder, loaded again")
+    line, unrounded = f"largest difference of logits {largest:.3g}", None
     if args.verify_with and args.format == "compressed-tensors":
-        reloaded = load_model(args, tokenizer)  # which rounds activations as the client does
-    return f"largest difference of logits {largest:.3g}{verified(args, folder, reloaded, tokenizer)}"
+        unrounded, reloaded = reloaded, load_model(args, tokenizer)  # which rounds activations as the client does
+    return f"{line}{verified(args, folder, reloaded, tokenizer, unrounded)}"
 
 
 # ================================================================================== what the format's client answers
 
 
-def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer) -> str:
-    """ "; " and a line on how the client of verify_with agrees over 64 greedy tokens of 20 prompts; "" without one."""
+def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer, unrounded: CausalLM | None = None) -> str:
+    """ "; " and a line on how the client of verify_with agrees over 64 greedy tokens of 20 prompts; "" without one.
+
+    unrounded: the model of the same weights whose activations are not rounded."""
     if not args.verify_with:
         return ""
     clients = [args.verify_client] if args.verify_client else CLIENTS[args.format]
@@ -336,14 +340,19 @@ def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer) -> s
     stops, vocab_size = sorted(tokenizer.stop_ids), model.config.vocab_size
     reply = ask_client(args.verify_with, client, path, list(TEXTS), prompts, count, stops, vocab_size)
 
-    @paddle.no_grad()
-    def logits_of(number: int, tokens: list[int]) -> np.ndarray:
-        sequence = np.array([prompts[number] + tokens[:-1]])
-        return model(paddle.to_tensor(sequence))[0, len(prompts[number]) - 1 :].astype("float32").numpy()
+    def logits_by(net: CausalLM) -> Callable[[int, list[int]], np.ndarray]:
+        @paddle.no_grad()
+        def logits_of(number: int, tokens: list[int]) -> np.ndarray:
+            sequence = np.array([prompts[number] + tokens[:-1]])
+            return net(paddle.to_tensor(sequence))[0, len(prompts[number]) - 1 :].astype("float32").numpy()
+
+        return logits_of
 
     method = (model.config.quantization or {}).get("quant_method", args.format)
     tolerance = TOLERANCE.get(args.gguf_type if args.format == "gguf" else method, ROUNDED_INPUTS)
-    return "; " + compare(reply, list(TEXTS), [tokenizer.encode(text) for text in TEXTS], logits_of, tolerance)
+    rounds = logits_by(unrounded) if unrounded is not None and method.startswith("a8w8") else None
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    return "; " + compare(reply, list(TEXTS), ids, logits_by(model), tolerance, rounds)
 
 
 # ================================================================================================= format static
@@ -370,7 +379,7 @@ def export_static(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
     )
     # Rounding of activations is a step function: where float32 noise crosses a step, a8w8 logits jump.
     quantization = model.config.quantization
-    is_a8w8 = quantization is not None and quantization["quant_method"] == "a8w8"
+    is_a8w8 = quantization is not None and quantization["quant_method"].startswith("a8w8")
     largest = difference(static_logits(folder, ids, mask), expected, 0.02 if is_a8w8 else 1e-4, "the static programs")
     return f"largest difference of logits {largest:.3g}"
 

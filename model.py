@@ -34,7 +34,7 @@ from paddle import nn
 
 from families import ModelConfig, MoEConfig, weight_names
 from formats.files import UserError
-from formats.quantization_config import bits_of
+from formats.quantization_config import scheme_of
 from modules.layers import LINEARS, Embedding, Linear, Norm, QuantLinear, RNGTracker, linear_row
 from modules.layers import set_parameter as set_parameter  # for callers
 from modules.positions import (
@@ -891,7 +891,7 @@ def build(config: ModelConfig, dtype: str = "float32") -> CausalLM:
 
 def _replace_by_quant_linears(model, quantization):
     """Linears of the blocks become QuantLinear; after a shift, norms and the linears that read them have biases."""
-    only_weights, activation = quantization["quant_method"] == "gptq", quantization.get("activation")
+    activation = quantization.get("activation")
     for block in model.layers if quantization.get("shift") else ():
         layers = dict(block.named_sublayers())
         for norm, names in shiftable_norms(block).items():
@@ -903,7 +903,7 @@ def _replace_by_quant_linears(model, quantization):
     for path, (parent, attribute, layer) in block_linears(model).items():
         if path in (quantization.get("modules_to_not_convert") or ()):
             continue
-        scheme, bias = f"w{bits_of(quantization, path)}" if only_weights else "a8w8", layer.bias is not None
+        scheme, bias = scheme_of(quantization, path), layer.bias is not None
         is_static = activation != "per_token" and path not in quantization.get("per_token_modules", ())
         layer = QuantLinear(layer.n_in, layer.n_out, scheme, group_size, bias, desc_act, is_static)
         setattr(parent, attribute, layer)

@@ -17,7 +17,7 @@ HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_tra
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
 norm, gelu before down_proj, a router without bias), a printed line says what is left out.
 
-Not here: fp8 (export.py --format fp8 writes e4m3 weights), quantization-aware training.
+Not here: quantization-aware training.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from adapters import base_folders, from_pretrained, load_adapter, merge
 from arguments import ScriptArgs
 from data import CorpusLoader, SFTDataset, SFTLoader
 from formats.files import UserError, atomic_file
-from formats.quantization_config import bits_of
+from formats.quantization_config import bits_of, leave_out
 from formats.tokenizer import Tokenizer
 from formats.weights import named_weights, save_pretrained
 from model import CausalLM, block_linears
@@ -48,6 +48,7 @@ from quantization.progress import Progress
 from quantization.report import comparison_table, evaluate, formats_table, mean_bits, read_states, stored_bits
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
+BITS |= {"fp8": 8, "a8w8_fp8": 8}  # e4m3: of weights, and of activations too
 BITS |= {"weight_only_int3": 3, "wint3": 3, "weight_only_int2": 2, "wint2": 2}
 MIXED = "weight_only_mixed"  # the quant_type of bits: 4.5
 REFUSED = {  # PaddleNLP's keys that are refused when they ask for something, and why
@@ -79,13 +80,15 @@ class Args(ScriptArgs):
     do_awq: bool = False  # weights alone: first scale channels by the size of their inputs
     awq_step: int = 8  # do_awq: calibration batches
     auto_clip: bool = False  # weights alone, do_ptq: search each group's range; the other methods search theirs
-    quant_type: str | None = None  # weight_only_int8, weight_only_int4 (wint8, wint4) …, a8w8; None: a8w8, GPTQ int4;
+    quant_type: str | None = (
+        None  # weight_only_int8, weight_only_int4 (wint8, …), a8w8, fp8, a8w8_fp8; None: a8w8, GPTQ int4
+    )
     # with c8 at the end, as a8w8c8: also scales for keys and values in int8 (serve.py's cachekv_int8_type: static)
     cachekv_quant_method: str = "abs_max_headwise"  # c8: largest value of all batches, or avg_headwise: mean of theirs
     bits: float | None = None  # weights alone, in place of quant_type: 4, 8; 4.5 mixes formats of that mean size
     sensitivity: bool = False  # list what each part loses in each format; bits: 4.5 measures it anyway
     sensitivity_step: int = 1  # calibration batches that the list is measured on
-    weight_quant_method: str | None = None  # abs_max_channel_wise or groupwise; None: by group_size
+    weight_quant_method: str | None = None  # abs_max_channel_wise, groupwise, fp8: abs_max; None: by group_size
     skip_list_names: str | list[str] | None = None  # linears that stay floats: parts of their names, such as down_proj
     outlier_ratio: float = 20.0  # report inputs whose largest channel or token is so many times the median one
     group_size: int | None = None  # input rows that share a scale: 64, …; -1: all; None: -1, groupwise 128
@@ -98,7 +101,7 @@ class Args(ScriptArgs):
     search_range: bool = True  # GPTQ: also try smaller ranges for each scale; false: abs max alone
     autoround_iters: int = 200  # do_autoround: steps a block, each on one calibration batch
     autoround_lr: float | None = None  # how far the first step moves; None: 1 / autoround_iters
-    ptq_step: int = 32  # calibration batches of a8w8
+    ptq_step: int = 32  # calibration batches of a8w8 and a8w8_fp8
     activation: str = "per_tensor"  # a8w8: one scale found by calibration; per_token: each token's own; mixed
     per_token_ratio: float = 1.5  # mixed: each token's own where one scale makes the error that many times larger
     act_quant_method: str = "avg"  # one scale: from the largest value of all batches (abs_max), or the mean of theirs
@@ -144,17 +147,17 @@ class Args(ScriptArgs):
             self.quant_type = "a8w8" if self.do_ptq and not self.do_awq else "weight_only_int4"
             if self.bits is not None:
                 self.quant_type = by_bits.get(self.bits, MIXED)
+        self.quant_type = {"weight_only_fp8": "fp8", "a8w8c8_fp8": "a8w8_fp8c8"}.get(self.quant_type, self.quant_type)
         if self.weights_type not in BITS and (self.quant_type != MIXED or self.bits is None):
             names = f"{', '.join(BITS)}, and c8 after each"
-            if "fp8" in self.quant_type:
-                names += "; e4m3 weights need no calibration: export.py --format fp8 writes them"
             raise UserError(f"quant_type: {self.quant_type!r} is not here; there are {names}")
         if self.bits is not None and self.bits != BITS.get(self.weights_type, self.bits):
             raise UserError(f"bits {self.bits:g} contradicts quant_type {self.quant_type}; leave one of them out")
-        for key in ("do_autoround", "do_awq", "auto_clip"):
-            if getattr(self, key) and self.weights_type == "a8w8":
+        alone = ["do_autoround", "do_awq", "auto_clip"] + ["do_gptq"] * (self.weights_type != "a8w8")
+        for key in alone:
+            if getattr(self, key) and (self.rounds_inputs or self.is_float8):
                 raise UserError(
-                    f"{key} quantizes weights alone: quant_type must be weight_only_int4 or another of them"
+                    f"{key} quantizes weights alone, to integers: quant_type must be weight_only_int4 or another"
                 )
         for key in ("skip_list_names", "do_autoround", "do_awq"):
             if self.is_mixed and getattr(self, key):
@@ -174,6 +177,21 @@ class Args(ScriptArgs):
     def weights_type(self):
         """quant_type without what it says of the cache."""
         return self.quant_type.removesuffix("c8")
+
+    @property
+    def is_c8(self):
+        """Whether scales of keys and values are found."""
+        return self.quant_type.endswith("c8")
+
+    @property
+    def rounds_inputs(self):
+        """Whether activations are rounded too."""
+        return self.weights_type.startswith("a8w8")
+
+    @property
+    def is_float8(self):
+        """Whether it is e4m3 in place of integers."""
+        return self.weights_type.endswith("fp8")
 
     def _check_numbers(self):
         steps = "sensitivity_step autoround_iters awq_step autoclip_step gptq_step ptq_step shift_step smooth_step"
@@ -198,7 +216,7 @@ class Args(ScriptArgs):
         for key, choices in (
             ("activation", ("per_tensor", "per_token", "mixed")),
             ("act_quant_method", ("abs_max", "avg")),
-            ("cachekv_quant_method", ("abs_max_headwise", "avg_headwise")),
+            ("cachekv_quant_method", ("abs_max_headwise", "avg_headwise", *([] if self.is_c8 else ["abs_max"]))),
         ):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(choices)}")
@@ -209,30 +227,36 @@ class Args(ScriptArgs):
     def _check_weights(self):
         """weight_quant_method and group_size, which say the same, made to agree."""
         method = self.weight_quant_method
-        if method not in (None, "abs_max_channel_wise", "groupwise"):
-            raise UserError(f"weight_quant_method: {method!r}; possible are abs_max_channel_wise and groupwise")
+        choices = ("abs_max_channel_wise", "abs_max" if self.is_float8 else "groupwise")
+        if method not in (None, *choices):
+            raise UserError(f"weight_quant_method: {method!r}; possible are {' and '.join(choices)}")
         if self.group_size is None:
             self.group_size = 128 if method == "groupwise" else -1
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise UserError(f"group_size: {self.group_size}; it must be -1 or a multiple of 8, such as 32, 64, 128")
         if method is not None and (method == "groupwise") != (self.group_size != -1):
             raise UserError(f"group_size {self.group_size} contradicts weight_quant_method {method}")
-        if self.weights_type == "a8w8" and self.group_size != -1:
-            raise UserError(f"a8w8 has one weight scale per output channel: group_size {self.group_size} must be -1")
+        if (self.rounds_inputs or self.is_float8) and self.group_size != -1:
+            reason = f"has one weight scale per output channel: group_size {self.group_size} must be -1"
+            raise UserError(f"{self.weights_type} {reason}")
 
     def _check_activations(self):
         """Shift and smoothing belong to a8w8; returns lines to print."""
         asked = [key for key in ("shift", "smooth") if getattr(self, key) and not (key == "smooth" and self.do_awq)]
         if self.weights_type != "a8w8" and asked:
             raise UserError(f"{asked[0]} prepares activations: it needs quant_type: a8w8, found {self.quant_type}")
-        if self.weights_type == "a8w8" and not self.dataset_name_or_path:
-            raise UserError("dataset_name_or_path: missing; a8w8 is calibrated on records")
+        if self.is_float8 and self.activation == "mixed":
+            raise UserError("activation: mixed compares errors of int8; with fp8 give per_tensor or per_token")
+        if self.rounds_inputs and not self.dataset_name_or_path:
+            raise UserError(f"dataset_name_or_path: missing; {self.weights_type} is calibrated on records")
         needs = {key: getattr(self, key) for key in ("do_gptq", "do_autoround", "do_awq", "auto_clip", "do_eval")}
-        needs |= {"c8": self.quant_type.endswith("c8"), "sensitivity": self.sensitivity}
+        needs |= {"c8": self.is_c8, "sensitivity": self.sensitivity}
         needs["bits with a fraction"] = self.is_mixed
         for key in (key for key, asked in needs.items() if asked and not self.dataset_name_or_path):
             raise UserError(f"dataset_name_or_path: missing; {key} needs records")
         notes = []
+        if self.cachekv_quant_method == "abs_max":
+            notes.append("cachekv_quant_method: abs_max does nothing: quant_type does not end in c8")
         if self.do_awq and self.smooth:
             notes.append("smooth: with do_awq the factors are AWQ's")
         if self.auto_clip and not self.do_ptq:
@@ -247,15 +271,17 @@ class Args(ScriptArgs):
     @property
     def method(self):
         """The row of METHODS."""
-        if self.weights_type == "a8w8":
-            return "a8w8_gptq" if self.do_gptq else "a8w8"
+        if self.rounds_inputs or self.is_float8:
+            return self.weights_type + "_gptq" * self.do_gptq  # of a8w8
         names = {"autoround": self.do_autoround, "gptq": self.do_gptq, "awq": self.do_awq or self.auto_clip}
         return next((name for name, chosen in names.items() if chosen), "rtn")
 
     @property
     def algorithm(self):
         """The name of the algorithm in quantization_config."""
-        if self.quant_type != "a8w8":
+        if self.is_float8:
+            return "rtn"
+        if self.weights_type != "a8w8":
             parts = [
                 "awq" if self.do_awq else "",
                 self.method if self.method != "awq" else "",
@@ -321,7 +347,7 @@ def quantize_model(
     """
     model.eval()
     skipped, printed = skipped_linears(model, args.skip_list_names), set()
-    cache = CacheRecorder(len(model.layers)) if args.quant_type.endswith("c8") else None
+    cache = CacheRecorder(len(model.layers)) if args.is_c8 else None
 
     def print_once(line):
         if line not in printed:
@@ -413,12 +439,15 @@ def report_line(row: dict, percdamp: float) -> str:
 
 def quantization_config(args: Args, skipped: list[str], rows: list[dict]) -> dict:
     """What config.json says of the integers; skipped: linears that stay floats; rows: of the report."""
+    method = METHODS[args.method].config(args)
     config = {"bits": args.bits, "group_size": args.group_size, "algorithm": args.algorithm, "shift": args.shift}
     if skipped:
         config["modules_to_not_convert"] = skipped
+        if method["quant_method"] == "gptq":
+            config |= leave_out(skipped, [row["linear"] for row in rows])
     if args.weights_type == "a8w8" and args.activation == "mixed":
         config["per_token_modules"] = [row["linear"] for row in rows if not row["static"]]
-    return {**METHODS[args.method].config(args), **config}
+    return {**method, **config}
 
 
 # ======================================================================== main
@@ -431,7 +460,7 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
     path = args.dataset_name_or_path
     a8w8_steps = max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
     awq_steps = max(args.awq_step * args.do_awq, args.autoclip_step * args.auto_clip)
-    steps = {"a8w8": a8w8_steps, "a8w8_gptq": a8w8_steps, "awq": awq_steps}.get(args.method, args.gptq_step)
+    steps = a8w8_steps if args.rounds_inputs else awq_steps if args.method == "awq" else args.gptq_step
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
         size, T = args.per_device_train_batch_size, args.max_length
         calibration = CorpusLoader(path, args.split, "train", steps * size, T, size, seed=args.seed)
@@ -470,7 +499,7 @@ def open_model(args: Args) -> CausalLM:
     if model.config.quantization is not None:
         method = model.config.quantization["quant_method"]
         raise UserError(f"{args.model_name_or_path}: is quantized already ({method}); give the float model")
-    if args.quant_type.endswith("c8") and model.config.position == "rope_2d":
+    if args.is_c8 and model.config.position == "rope_2d":
         raise UserError(f"quant_type: {args.quant_type}: ChatGLM-6B keeps keys and values in float32; leave c8 out")
     if model.prefix is not None:
         path = args.lora_path or args.model_name_or_path

@@ -433,7 +433,8 @@ def _check_tp(config, tp):
     if moe is not None and config.mlp_bias:
         wrong.append(f"{key}: experts with biases cannot be sharded")
     if config.quantization is not None and config.quantization["quant_method"] != "gptq":
-        wrong.append(f"{key}: a model quantized to a8w8 cannot be sharded: each token's activations share one scale")
+        method = config.quantization["quant_method"]
+        wrong.append(f"{key}: a model quantized to {method} cannot be sharded; one of integers for weights alone can")
         return wrong
     latent, widths = config.latent, [config.head_dim]
     widths += [] if latent is None else [latent.v_head_dim, latent.qk_nope_head_dim + latent.v_head_dim]

@@ -40,17 +40,24 @@ CLIENTS = {  # format of export.py: its clients, the first that a Python can imp
     "fp8": ["vllm", "transformers"],
 }
 # Of compare(), by how weights are stored; "hf": floats. llama.cpp keeps keys in 16 bits, vllm runs 4 bits in float16.
-# The others round activations: llama.cpp to 8 bits where weights are quantized, a8w8 and fp8 as they say. A difference
-# that crosses a step of a8w8 grows to the size of rounding itself, without smoothing a quarter (RESULTS.md); the logits
-# of another model differ by more than the whole.
-TOLERANCE = {"hf": 0.001, "F32": 0.005, "F16": 0.01, "BF16": 0.05, "gptq": 0.02, "awq": 0.02, "a8w8": 0.4, "fp8": 0.2}
+# The others round activations: llama.cpp to 8 bits where weights are quantized, fp8 as it says.
+TOLERANCE = {"hf": 0.001, "F32": 0.005, "F16": 0.01, "BF16": 0.05, "gptq": 0.02, "awq": 0.02, "fp8": 0.2}
+TOLERANCE |= {"weight_only_fp8": 0.001}
 ROUNDED_INPUTS = 0.15
+# Where both sides round activations, a difference of 1e-6 that crosses a step grows from layer to layer, until the
+# errors of rounding have only their size in common. So that is compared: what rounding changes of the logits there,
+# beside what it changes here. A client that does not round changes nothing, one with other scales more.
+SAME_SIZE = 1.25
 
 _HEAD = """
-import json, sys
+import json, os, sys
 import numpy as np
 job = json.load(sys.stdin)
 ids, tokens, logits = [], [], []
+"""
+_CONFIG = """
+config = open(os.path.join(job["model"], "config.json")).read()
+is_gptq = '"quant_method": "gptq"' in config or '"quant_method": "awq"' in config
 """
 _TAIL = """
 np.savez(job["out"], ids=json.dumps(ids), tokens=json.dumps(tokens), **{f"logits_{i}": a for i, a in enumerate(logits)})
@@ -74,32 +81,36 @@ for prompt in job["prompts"]:
     tokens.append(new)
     logits.append(np.array(llm.scores[first : first + len(new)], np.float32))
 """,
-    "transformers": """
+    "transformers": _CONFIG
+    + """
 import torch, transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
-model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+dtype = torch.float16 if is_gptq else torch.float32  # gptqmodel's kernels have 16 bits
+model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval()
 ids = [tokenizer(text)["input_ids"] for text in job["texts"]]
-for prompt in job["prompts"]:
-    new, rows, cache, given = [], [], None, prompt
-    for _ in range(job["count"]):
-        with torch.no_grad():
-            out = model(torch.tensor([given]), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(out.logits[0, -1].float().numpy())
-        new.append(int(rows[-1].argmax()))
-        if new[-1] in job["stops"]:
-            break
-        given = new[-1:]
-    tokens.append(new)
-    logits.append(np.stack(rows))
+model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=job["stops"] or None)
+width = max(map(len, job["prompts"]))
+prompts = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in job["prompts"]])
+mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in job["prompts"]])
+options = dict(max_new_tokens=job["count"], do_sample=False, output_logits=True, return_dict_in_generate=True)
+out = model.generate(prompts, attention_mask=mask, **options)  # all at once: gptqmodel unpacks weights for each
+rows = torch.stack(out.logits, 1).float().numpy()
+for new, row in zip(out.sequences[:, width:].tolist(), rows):
+    ends = [i + 1 for i, token in enumerate(new) if token in job["stops"]]
+    tokens.append(new[: ends[0] if ends else len(new)])
+    logits.append(row[: len(tokens[-1])])
 """,
-    "vllm": """
-import os
+    "vllm": _CONFIG
+    + """
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 import vllm
+try:  # its kernel of int8 for AMX has no float32, and rounds each token by its own largest value whatever the file says
+    import vllm.model_executor.kernels.linear.scaled_mm.cpu as int8
+    int8.check_cpu_sgl_kernel = lambda *shape: False
+except ImportError:
+    pass
 length = max(map(len, job["prompts"])) + job["count"] + 8
-config = open(os.path.join(job["model"], "config.json")).read()
-dtype = "float16" if '"bits": 4' in config or '"num_bits": 4' in config else "float32"  # no such kernel in float32
+dtype = "float16" if is_gptq or "pack-quantized" in config else "float32"  # those kernels have no float32
 llm = vllm.LLM(job["model"], dtype=dtype, max_model_len=length, enforce_eager=True, seed=0)
 ids = [llm.get_tokenizer()(text)["input_ids"] for text in job["texts"]]
 params = vllm.SamplingParams(temperature=0, max_tokens=job["count"], stop_token_ids=job["stops"], logprobs=20)
@@ -188,6 +199,7 @@ def compare(
     expected_ids: list[list[int]],
     logits_of: Callable[[int, list[int]], np.ndarray],
     tolerance: float,
+    unrounded_of: Callable[[int, list[int]], np.ndarray] | None = None,
 ) -> str:
     """A line on how the client's ids, greedy tokens and logits compare with ours; a note for each prompt that differs.
 
@@ -195,17 +207,22 @@ def compare(
     square of the logits' differences beside that of the logits around their mean. Where the client takes another token
     than ours, its logit here may be below the largest by 8 root mean squares of the row's differences: so much the
     client's rounding explains. UserError beyond both, and for ids that check_ids() refuses.
+
+    unrounded_of: as logits_of, of the same weights without rounded activations, where both sides round them: the
+    tolerance is then 1.5 times the size of rounding here, and that of the client must be within SAME_SIZE of it.
     """
     same = check_ids(texts, reply.ids, expected_ids, reply.client)
     equal, equal_prompts, count, squares, of_logits, largest = 0, 0, 0, 0.0, 0.0, 0.0
+    rounding = np.zeros(2)  # squares: ours, the client's
     for number, (tokens, theirs) in enumerate(zip(reply.tokens, reply.logits)):
         ours = logits_of(number, tokens)
         gap = ours.max(1) - np.take_along_axis(ours, np.array(tokens)[:, None], 1)[:, 0]
-        differences = ours - theirs
-        if np.isnan(theirs).any():  # log-probabilities of some tokens: logits less a constant
-            differences -= np.nanmean(differences, 1, keepdims=True)
+        differences = _differences(ours, theirs)
         error = np.sqrt(np.nanmean(np.square(differences), 1))
         largest = max(largest, float(np.nanmax(np.abs(differences))))
+        if unrounded_of is not None:
+            plain, told = unrounded_of(number, tokens), np.where(np.isnan(theirs), theirs, ours)
+            rounding += [np.nanmean(np.square(_differences(plain, x)), 1).sum() for x in (told, theirs)]
         squares, of_logits = squares + float(np.square(error).sum()), of_logits + float(ours.var(1).sum())
         equal, count = equal + int((gap == 0).sum()), count + len(tokens)
         equal_prompts += int((gap == 0).all())
@@ -223,7 +240,9 @@ def compare(
                 f"not {ours[at].argmax()}: its logit is {above:.3g} above there, {gap[at]:.3g} below here",
                 flush=True,
             )
-    relative = (squares / of_logits) ** 0.5
+    relative, note = (squares / of_logits) ** 0.5, ""
+    if unrounded_of is not None:
+        tolerance, note = _same_rounding(*np.sqrt(rounding / of_logits), reply.client)
     if relative > tolerance:
         raise UserError(
             f"export refused: logits of {reply.client} differ by {relative:.2%} (root mean square), at most "
@@ -232,5 +251,19 @@ def compare(
     return (
         f"{reply.client}: same ids of {same} of {len(texts)} texts, same tokens after {equal_prompts} of "
         f"{len(reply.tokens)} prompts (at {equal} of {count} steps); logits differ by {relative:.3%} (root mean "
-        f"square), {largest:.3g} at most"
+        f"square), {largest:.3g} at most{note}"
     )
+
+
+def _same_rounding(here: float, there: float, client: str) -> tuple[float, str]:
+    """(how far the logits may be apart, a note) for what rounding activations changes; UserError for other sizes."""
+    note = f"; rounded activations change {there:.2%} there, {here:.2%} here"
+    if not 1 / SAME_SIZE <= there / max(here, 1e-12) <= SAME_SIZE:
+        raise UserError(f"export refused: {client} rounds activations otherwise{note}")
+    return 1.5 * here, note
+
+
+def _differences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """(tokens, V); where only log-probabilities of some tokens are told, logits less a constant, about their mean."""
+    differences = ours - theirs
+    return differences - np.nanmean(differences, 1, keepdims=True) if np.isnan(theirs).any() else differences

@@ -5,6 +5,8 @@ import re
 QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the supported values
     "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
     "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor", "mixed")},
+    "weight_only_fp8": {"bits": (8,)},
+    "a8w8_fp8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
 }
 DEQUANTIZED = {  # quant_method of what formats/dequantize.py opens as floats: {key: what it may be, the default first}
     "gptq": {"bits": (4, 2, 3, 8), "checkpoint_format": ("gptq", "gptq_v2", None)},
@@ -18,16 +20,27 @@ KEYS = ("quantization_config", "compression_config")  # of config.json; the seco
 
 
 def runs_as_integers(quantization: dict) -> bool:
-    """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other."""
-    if any(quantization.get(key) for key in ("modules_in_block_to_quantize", "lm_head")):
+    """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other, but for
+    those that modules_to_not_convert names; leave_out() says them in other words too, which are not read then."""
+    known, is_ours = QUANTIZATIONS["gptq"], bool(quantization.get("modules_to_not_convert"))
+    if quantization.get("lm_head") or quantization.get("modules_in_block_to_quantize") and not is_ours:
         return False
-    known, dynamic = QUANTIZATIONS["gptq"], quantization.get("dynamic") or {}
+    dynamic = {p: v for p, v in (quantization.get("dynamic") or {}).items() if not (is_ours and p[:2] == "-:")}
     of_bits = [{"bits": quantization.get("bits")}, *dynamic.values()]
     return (
         quantization.get("checkpoint_format") in known["checkpoint_format"]
         and all(pattern[:2] == "+:" for pattern in dynamic)
         and all(values.keys() == {"bits"} and values["bits"] in known["bits"] for values in of_bits)
     )
+
+
+def leave_out(skipped: list[str], quantized: list[str]) -> dict:
+    """Keys of quantization_config for linears that stay floats, as GPTQModel and vLLM read them (dynamic) and as
+    transformers does (modules_in_block_to_quantize, ends of names); quantized: all others of the blocks."""
+    ends = [list(dict.fromkeys(re.sub(r".*?\.\d+\.", "", path, count=1) for path in p)) for p in (quantized, skipped)]
+    uniform = not {*ends[0]} & {*ends[1]}
+    pattern = "|".join(map(re.escape, skipped))
+    return {"dynamic": {f"-:^({pattern})$": {}}, "modules_in_block_to_quantize": [ends[0] if uniform else quantized]}
 
 
 def bits_of(quantization: dict, module: str) -> int:
@@ -38,9 +51,15 @@ def bits_of(quantization: dict, module: str) -> int:
     return quantization.get("bits", quantization.get("w_bit"))
 
 
+def scheme_of(quantization: dict, module: str) -> str:
+    """The scheme of the QuantLinear that a module of a model with these integers is."""
+    method = quantization["quant_method"]
+    return f"w{bits_of(quantization, module)}" if method == "gptq" else method.removeprefix("weight_only_")
+
+
 def all_bits(quantization: dict) -> list[int]:
     """The bits that modules of a GPTQ model may have, the least first."""
-    others = (values["bits"] for values in (quantization.get("dynamic") or {}).values())
+    others = (values["bits"] for values in (quantization.get("dynamic") or {}).values() if "bits" in values)
     return sorted({quantization["bits"], *others})
 
 

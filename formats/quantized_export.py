@@ -19,7 +19,7 @@ from formats.quantization_config import bits_of
 from formats.tensor_files import float8_values
 from formats.weights import weights_to_save
 from model import CausalLM, block_linears
-from modules.layers import Linear, QuantLinear
+from modules.layers import FLOAT8, Linear, QuantLinear
 
 LAYOUTS = ("compressed-tensors", "awq", "fp8")
 
@@ -57,8 +57,9 @@ def _zeros(layer: QuantLinear, bits: int) -> np.ndarray:
 
 def _compressed_tensors(layer: QuantLinear) -> dict[str, tuple[np.ndarray, str]]:
     qweight, scales = layer.qweight.numpy(), layer.scales.numpy()
-    if layer.scheme == "a8w8":
-        tensors = {"weight": (qweight.T, "int8"), "weight_scale": (scales[:, None], "float32")}
+    if layer.scheme == "a8w8" or layer.scheme in FLOAT8:
+        codes = (qweight.T, "int8") if layer.scheme == "a8w8" else (qweight, "F8_E4M3")
+        tensors = {"weight": codes, "weight_scale": (scales[:, None], "float32")}
         if layer.input_scale is not None:
             tensors["input_scale"] = layer.input_scale.numpy(), "float32"
         return tensors
@@ -86,25 +87,27 @@ def _compressed_config(model: CausalLM, linears: dict[str, dict]) -> dict:
         kinds = set().union(*(linears[path] for path in paths))
         targets = ["Linear"] if len(paths_of) == 1 else paths
         groups[f"group_{number}"] = {"targets": targets, **_compressed_scheme(quantization, bits, kinds)}
-    return _config_of(model, "int-quantized" if quantization["quant_method"] == "a8w8" else "pack-quantized", groups)
+    format = {"gptq": "pack-quantized", "a8w8": "int-quantized"}.get(quantization["quant_method"], "float-quantized")
+    return _config_of(model, format, groups)
 
 
 def _compressed_scheme(quantization, bits, kinds):
     """What a config group says of its weights and activations; kinds: the names of the tensors that a linear has."""
-    a8w8, group = quantization["quant_method"] == "a8w8", quantization.get("group_size", -1)
+    method, group = quantization["quant_method"], quantization.get("group_size", -1)
+    is_whole, kind = method != "gptq" or group == -1, "float" if method.endswith("fp8") else "int"
     weights = {
         "num_bits": bits,
-        "type": "int",
+        "type": kind,
         "symmetric": "weight_zero_point" not in kinds,
-        "strategy": "channel" if a8w8 or group == -1 else "group",
-        "group_size": None if a8w8 or group == -1 else group,
+        "strategy": "channel" if is_whole else "group",
+        "group_size": None if is_whole else group,
         "dynamic": False,
         "actorder": "group" if "weight_g_idx" in kinds else None,
     }
     inputs = None
-    if a8w8:
+    if method.startswith("a8w8"):
         is_static = "input_scale" in kinds
-        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": not is_static}
+        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": not is_static}
         inputs["strategy"] = "tensor" if is_static else "token"
     return _scheme(weights, inputs)
 
@@ -134,13 +137,19 @@ def to_float8(values: np.ndarray) -> np.ndarray:
     return codes | np.signbit(values).astype(np.uint8) << np.uint8(7)
 
 
+def float8_weight(weight: np.ndarray, one_scale: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A weight (in, out) float32 -> the bits of e4m3 (out, in), and scales (out,): of each output, or all the same."""
+    largest = np.abs(weight).max(0)
+    largest = np.full_like(largest, largest.max()) if one_scale else largest
+    scales = np.maximum(largest, np.float32(1e-12)) / np.float32(448)
+    return to_float8((weight / scales).clip(-448, 448).T), scales
+
+
 def _fp8(layer: Linear) -> dict[str, tuple[np.ndarray, str]]:
     """Rounds the layer's weight too, in place: the model is then what the file says."""
-    weight = layer.weight.astype("float32").numpy().T  # (out, in)
-    scale = np.maximum(np.abs(weight).max(1, keepdims=True), np.float32(1e-12)) / np.float32(448)
-    codes = to_float8((weight / scale).clip(-448, 448))
-    layer.weight.set_value(np.ascontiguousarray((float8_values(4)[codes] * scale).T))
-    return {"weight": (codes, "F8_E4M3"), "weight_scale": (scale, "float32")}
+    codes, scales = float8_weight(layer.weight.astype("float32").numpy())
+    layer.weight.set_value(np.ascontiguousarray(float8_values(4)[codes].T) * scales)
+    return {"weight": (codes, "F8_E4M3"), "weight_scale": (scales[:, None], "float32")}
 
 
 def _fp8_config(model: CausalLM, linears: dict[str, dict]) -> dict:

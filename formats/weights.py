@@ -216,10 +216,12 @@ def _stored_name(our_name: str, config: ModelConfig) -> str:
 
 def _quantized_weights(parameters: dict, ours: str, theirs: str) -> list[Weight]:
     """The tensors of one quantized linear; ours, theirs: its path in the model and in files, up to "weight"."""
-    packed = parameters[ours + "qweight"].dtype == paddle.int32
-    dtypes = {"qweight": "int32" if packed else "int8", "scales": "float16" if packed else "float32"}
+    kind = {paddle.int32: "int32", paddle.int8: "int8", paddle.uint8: "uint8"}[parameters[ours + "qweight"].dtype]
+    dtypes = {"qweight": kind, "scales": "float16" if kind == "int32" else "float32"}
     return [
-        Weight(theirs + their_name, parameters[ours + name], name == "qweight" and not packed, dtype or dtypes[name])
+        Weight(
+            theirs + their_name, parameters[ours + name], name == "qweight" and kind == "int8", dtype or dtypes[name]
+        )
         for name, their_name, dtype in _QUANTIZED
         if parameters.get(ours + name) is not None
     ]
@@ -433,7 +435,7 @@ def load_weights(
         if shard is None:
             continue
         array, wanted = weight.read(tensors[name].read, shard.extent), weight.stored or "float32"
-        if wanted.startswith("int") != (array.dtype.kind == "i"):
+        if ("int" in wanted) != (array.dtype.kind in "iu"):
             raise UserError(f"{path}: {name} has dtype {array.dtype}; {wanted} is needed")
         shard.set(array)
     for name, (_, _, layer) in block_linears(model).items():

@@ -437,6 +437,13 @@ def dequantize(
     return importlib.import_module("kernels.reference").dequantize(qweight, scales, bits, qzeros, g_index)
 
 
+def round_to_float8(x: paddle.Tensor, scale: paddle.Tensor | None = None) -> paddle.Tensor:
+    """x (..., n) rounded to e4m3 with a scale (1,) for all tokens or, if None, max |x| / 448 of each; in x's dtype.
+
+    Has only a reference implementation."""
+    return importlib.import_module("kernels.reference").round_to_float8(x, scale)
+
+
 def dequantize_table(
     codes: paddle.Tensor,
     scales: paddle.Tensor,

@@ -152,6 +152,14 @@ def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
     return ((codes - zeros.unsqueeze(1)) * scales.unsqueeze(1)).reshape([-1, n_out])
 
 
+def round_to_float8(x, scale=None):
+    h = x.astype("float32")
+    if scale is None:
+        scale = h.abs().max(-1, keepdim=True).clip(min=1e-12) / 448.0  # (..., 1)
+    codes = paddle.clip(h / scale, -448.0, 448.0).astype("float8_e4m3fn").astype("float32")
+    return (codes * scale).astype(x.dtype)
+
+
 def dequantize_table(codes, scales, values, n_in, n_out, transposed=False, dtype="float32"):
     byte = paddle.arange(256)
     table = values.unsqueeze(1) if len(values) == 256 else paddle.stack([values[byte // 16], values[byte % 16]], 1)

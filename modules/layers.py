@@ -12,6 +12,7 @@ import paddle
 from paddle import nn
 
 from formats.files import UserError
+from formats.tensor_files import float8_values
 
 # What each linear reads, and how it is sharded: the one table that tensor parallelism, quantization, LoRA and the
 # memory model look a linear up in, by the last part of our names. input: the norm of the block whose output it reads
@@ -66,12 +67,17 @@ class Linear(nn.Layer):
         return self.weight.astype("float32").numpy()
 
 
+FLOAT8 = ("fp8", "a8w8_fp8")  # the schemes of a QuantLinear in e4m3
+_E4M3 = np.nan_to_num(float8_values(4))[:, None]  # (256, 1); no code is NaN
+
+
 class QuantLinear(nn.Layer):
     """y = x W + b with W (in, out) held as integers, on kernels.quant_linear, whose docstring has the layouts.
 
     scheme "w4" or "w8": only weights, in groups of group_size input rows (-1: one group). "w2" and "w3", which no
     kernel multiplies: so too, and floats are kept from the first product on. scheme "a8w8": weights by output channel,
-    activations rounded as well, by input_scale if static_input, else token by token.
+    activations rounded as well, by input_scale if static_input, else token by token. "fp8" and "a8w8_fp8": the same in
+    e4m3, for which no processor here has products: weights become floats for each product and are let go again.
     """
 
     def __init__(self, n_in, n_out, scheme, group_size=-1, bias=False, desc_act=False, static_input=False):
@@ -79,10 +85,11 @@ class QuantLinear(nn.Layer):
         self.n_in, self.n_out, self.scheme = n_in, n_out, scheme
         self.group_size = n_in if group_size == -1 else group_size
         tensors = {"qweight": ([n_in, n_out], "int8"), "scales": ([n_out], "float32")}
-        if scheme == "a8w8":
-            if static_input:
-                tensors["input_scale"] = ([1], "float32")
-        else:
+        if scheme in FLOAT8:
+            tensors["qweight"] = ([n_out, n_in], "uint8")
+        if static_input and scheme.startswith("a8w8"):
+            tensors["input_scale"] = ([1], "float32")
+        if scheme[0] == "w":
             bits, groups = int(scheme[1:]), -(-n_in // self.group_size)
             whole = 32 // math.gcd(32, bits)  # so many codes fill whole words
             if n_in % whole or n_out % whole:
@@ -118,17 +125,27 @@ class QuantLinear(nn.Layer):
         if self.scheme in ("w2", "w3"):
             self.floats = self.dequantized() if self.floats is None else self.floats
             return kernels.linear(x, self.floats, bias)
+        if self.scheme in FLOAT8:
+            x = x if self.scheme == "fp8" else kernels.round_to_float8(x, self.input_scale)
+            return kernels.linear(x, self.dequantized(), bias)
         groups = self._row_groups()
         return kernels.quant_linear(
             x, self.qweight, self.scales, bias, self.scheme, self.qzeros, groups, self.input_scale
         )
 
     def dequantized(self) -> paddle.Tensor:
-        """(in, out) float32: the weight that the integers stand for."""
+        """(in, out) float32: the weight that the codes stand for."""
+        if self.scheme in FLOAT8:
+            values = paddle.to_tensor(_E4M3)
+            return kernels.dequantize_table(self.qweight, self.scales, values, self.n_in, self.n_out)
         if self.scheme == "a8w8":
             return self.qweight.astype("float32") * self.scales
         bits = int(self.scheme[1:])
         return kernels.dequantize(self.qweight, self.scales, bits, self.qzeros, self._row_groups())
+
+    def full_weight(self) -> np.ndarray:
+        """The same as an array."""
+        return self.dequantized().numpy()
 
     def check(self, path, name: str) -> None:
         """UserError if the groups that were read from `path` are not those that forward() assumes."""

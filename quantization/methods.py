@@ -14,8 +14,10 @@ from kernels.rounding import (
 
 import numpy as np
 
+from arguments import ScriptArgs
 from formats.files import UserError
-from model import QuantLinear
+from formats.quantized_export import float8_weight
+from model import Linear, QuantLinear
 from quantization.auto_round import learn_block
 from quantization.awq import clip, scale_block
 from quantization.gptq import gptq, gptq_plan
@@ -190,6 +192,42 @@ class A8W8GPTQ(A8W8):
         return super().quantize(ref, stats, shared, args)[0], shared.damping
 
 
+class FP8(WeightOnly):
+    """Weights alone, to the nearest e4m3."""
+
+    def quantize(self, ref, stats, shared, args) -> tuple:
+        weight, (rows, _) = ref.layer.weight.numpy(), shared
+        layer, tensors = float8_layer(ref.layer, args)
+        ref.replace(layer, **tensors)
+        return relative_error(rows @ layer.full_weight(), rows @ weight), None
+
+    def config(self, args) -> dict:
+        return {"quant_method": "weight_only_fp8", "sym": True, "desc_act": False}
+
+
+class A8W8FP8(A8W8):
+    """Weights and activations in e4m3."""
+
+    def quantize(self, ref, stats, shared, args) -> tuple:
+        weight, rows = ref.layer.weight.numpy(), some_rows(stats, args.search_tokens)
+        layer, tensors = float8_layer(ref.layer, args, stats.scale is not None)
+        if stats.scale is not None:
+            tensors["input_scale"] = np.array([stats.scale * 127 / 448], np.float32)  # it is that of int8
+        ref.replace(layer, **tensors)
+        return relative_error(layer.product(kernels.to_tensor(rows)).numpy(), rows @ weight), None
+
+    def config(self, args) -> dict:
+        return super().config(args) | {"quant_method": "a8w8_fp8"}
+
+
+def float8_layer(linear: Linear, args: ScriptArgs, static_input: bool = False) -> tuple[QuantLinear, dict]:
+    """A QuantLinear in e4m3 in place of a linear, and the tensors of its weight."""
+    codes, scales = float8_weight(linear.weight.numpy(), args.weight_quant_method == "abs_max")
+    has_bias = linear.bias is not None
+    layer = QuantLinear(linear.n_in, linear.n_out, args.weights_type, bias=has_bias, static_input=static_input)
+    return layer, {"qweight": codes, "scales": scales}
+
+
 METHODS = {
     "rtn": WeightOnly(),
     "gptq": GPTQ(),
@@ -197,4 +235,6 @@ METHODS = {
     "autoround": AutoRound(),
     "a8w8": A8W8(),
     "a8w8_gptq": A8W8GPTQ(),
+    "fp8": FP8(),
+    "a8w8_fp8": A8W8FP8(),
 }

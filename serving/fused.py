@@ -49,6 +49,8 @@ def why_not_fused(model: CausalLM, adapters: dict | None, dtype: str) -> str | N
         _storage(layer, dtype) for layer in model.layers.sublayers() if isinstance(layer, (Linear, QuantLinear))
     }
     for storage in sorted(storages):
+        if storage == "a8w8_fp8":
+            return "it does not round the inputs of products to e4m3"
         if storage in ("w8", "w4") and dtype == "float32":
             return f"{storage} rounds the inputs of products too, which dtype float32 excludes"
         if why := storage_missing(storage):
@@ -82,7 +84,12 @@ def choose_dtype(model: CausalLM, adapters: dict | None, asked: str) -> str:
 
 
 def _storage(layer, dtype):
-    return layer.scheme if isinstance(layer, QuantLinear) else dtype
+    return dtype if _is_float(layer) else layer.scheme
+
+
+def _is_float(layer):
+    """Whether the weight is packed as floats: weights in e4m3 have no products of their own."""
+    return isinstance(layer, Linear) or layer.scheme == "fp8"
 
 
 def _products(block):
@@ -181,7 +188,7 @@ def _columns(layer, dtype) -> dict:
         return {"values": layer.weight.astype("float32").numpy(), "bias": columns["bias"] + more}
     n_out = layer.n_out
     bias = np.zeros(n_out, np.float32) if layer.bias is None else layer.bias.astype("float32").numpy()
-    if isinstance(layer, Linear):
+    if _is_float(layer):
         return {"values": layer.full_weight(), "bias": bias}
     scales = layer.scales.numpy().reshape(-1, n_out)
     if layer.scheme == "a8w8":
@@ -243,7 +250,7 @@ def _weight(name, layers, config, dtype) -> Weight:
     columns = _side_by_side(name, [_columns(layer, dtype) for layer in layers], config)
     if not columns["bias"].any():
         columns["bias"] = None
-    if isinstance(first, Linear) or _is_trained(first):
+    if _is_trained(first) or _is_float(first):
         if dtype == "w8":
             found = round_to_nearest(columns["values"], 8)
             columns |= {"values": found.codes, "scales": found.scales}

@@ -30,6 +30,10 @@ def pytest_addoption(parser):
     )
     parser.addoption("--client-python", default=sys.executable, help="a Python with clients of the server, for theirs")
     parser.addoption("--llama-cpp-python", default=None, help="a Python with llama_cpp, for tests of GGUF files")
+    parser.addoption(
+        "--gptq-python", default=None, help="a Python with transformers, optimum, gptqmodel, sentencepiece"
+    )
+    parser.addoption("--vllm-python", default=None, help="a Python with vllm, for tests of exported integers")
     parser.addoption("--lm-eval-python", default=None, help="a Python with lm-eval and transformers: tests/clients")
     parser.addoption("--chat-model", default=None, help="the folder of a real chat model: tests/clients")
     parser.addoption(

@@ -278,6 +278,27 @@ def test_a_client_is_compared_token_by_token(capsys, sparse):
         compare(reply_of(2 * ours, best, sparse), ["a"], [[1]], lambda *_: ours, 0.05)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rounding_of_activations_is_compared_by_its_size(sparse):
+    rng = np.random.default_rng(0)
+    plain = rng.standard_normal((40, 300)).astype(np.float32)
+    errors = 0.1 * rng.standard_normal((2, 40, 300)).astype(np.float32)
+    ours = plain + errors[0]
+
+    def check(theirs):
+        best = theirs.argmax(1).tolist()
+        return compare(reply_of(theirs, best, sparse), ["a"], [[1]], lambda *_: ours, 0.01, lambda *_: plain)
+
+    line = check(plain + errors[1])  # other errors of the same size
+    there, here = (float(part.partition("%")[0]) for part in line.partition("activations change ")[2].split(" there, "))
+    assert abs(there - here) < 2 and (sparse or abs(here - 10) < 0.5)
+    for theirs in (plain, plain + 0.5 * errors[1], plain + 2 * errors[1]):
+        with pytest.raises(UserError, match="client rounds activations otherwise; rounded activations change"):
+            check(theirs)
+    with pytest.raises(UserError, match="differ by|has a logit"):
+        check(plain - 1.2 * errors[0])  # of the same size, but against ours
+
+
 def test_verify_client_is_of_the_format(tmp_path):
     with pytest.raises(UserError, match="verify_client: 'vllm'; of format gguf: llama_cpp"):
         run(tmp_path / "out", model_name_or_path=DEMO, format="gguf", verify_with="python", verify_client="vllm")

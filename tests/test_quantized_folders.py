@@ -1,9 +1,11 @@
 """Folders that other tools quantized open as floats: tensors against those tools' own reading, models, refusals.
 
 python -m pytest tests/test_quantized_folders.py      # CPU, some seconds
+python -m pytest tests/test_quantized_folders.py --gptq-python PYTHON --vllm-python PYTHON    # and clients open them
 """
 
 import json
+import re
 import struct
 
 import numpy as np
@@ -12,12 +14,16 @@ import pytest
 import tiny_models
 from conftest import ROOT
 from test_export import DEMO, quantized, run, tokenizer_into
+from test_quantize import keys_of, world  # noqa: F401, world is a fixture
+from test_quantize import run as quantize_run
 
 import adapters
+import export
 import formats.weights
 import model as M
 from formats.dequantize import METHODS, float_tensors, unpack
 from formats.files import UserError
+from formats.quantization_config import all_bits, bits_of, leave_out, runs_as_integers
 from formats.quantized_export import to_float8
 from formats.tensor_files import (
     StoredTensor,
@@ -29,6 +35,10 @@ from formats.tensor_files import (
     write_safetensors,
 )
 from modules import low_bit
+from serving.engine import Engine, Request
+from serving.fused import FusedRunner, why_not_fused
+from serving.runners import PagedRunner
+from serving.sampling import SamplingParams
 
 GOLDEN = dict(np.load(ROOT / "tests" / "golden" / "quantized_folders.npz"))
 
@@ -217,6 +227,92 @@ def test_fp8_out_and_in_again(tmp_path):
         run(tmp_path / "b", model_name_or_path=quantized("w8", tmp_path / "w8"), format="fp8")
 
 
+# ============================================================================================ quantize.py's fp8
+
+E4M3 = np.sort(float8_values(4)[np.r_[:127, 128:255]])  # all values, rising
+
+
+def nearest_float8(values):
+    """By looking at all of them; a midpoint to the one with an even code, which is the one with more zeros."""
+    right = np.searchsorted(E4M3, values).clip(1, len(E4M3) - 1)
+    low, high = E4M3[right - 1], E4M3[right]
+    even = np.where(to_float8(high) % 2 == 0, high, low)
+    return np.where(values - low == high - values, even, np.where(values - low < high - values, low, high))
+
+
+FP8 = {  # name: (keys, whether inputs are rounded, the scale of a compressed-tensors input)
+    "fp8": ({"quant_type": "weight_only_fp8", "dataset_name_or_path": ""}, False, None),
+    "one_scale": ({"quant_type": "fp8", "weight_quant_method": "abs_max"}, False, None),
+    "tensor": ({"quant_type": "a8w8_fp8", "act_quant_method": "abs_max"}, True, "tensor"),
+    "token": ({"quant_type": "a8w8_fp8", "activation": "per_token"}, True, "token"),
+}
+
+
+@pytest.mark.sweep(keep=4)
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_of_quantize_py(name, world, tmp_path):  # noqa: F811
+    """The folder holds e4m3, so does the model in memory; products are those of the dequantized weights, and of inputs
+    rounded by looking at all values; other layouts hold the same."""
+    keys, rounds, strategy = FP8[name]
+    out, plain = tmp_path / "out", M.block_linears(adapters.from_pretrained(world / "base"))
+    quantize_run(keys_of(world, out, do_ptq=True, do_eval=name == "tensor", skip_list_names="1.mlp.down_proj", **keys))
+    report = json.loads((out / "quant_report.json").read_text())
+    assert len(report["linears"]) == 13 and 8 < report["bits_per_weight"] < 10
+    assert all(0.005 < row["error"] < (0.06 if rounds else 0.04) for row in report["linears"])
+    assert (report["dev_after"] is not None) == (name == "tensor")
+    model, rng = adapters.from_pretrained(out), np.random.default_rng(0)
+    for path, (_, _, layer) in M.block_linears(model).items():
+        weight, x = plain[path][2].weight.numpy(), rng.standard_normal((7, layer.n_in)).astype(np.float32)
+        if path == "model.layers.1.mlp.down_proj":
+            np.testing.assert_array_equal(layer.weight.numpy(), weight)
+            continue
+        assert layer.qweight.dtype == paddle.uint8 and layer.qweight.size == weight.size
+        assert sum(b.numpy().nbytes for b in layer.buffers()) < 1.2 * weight.size
+        largest = np.abs(weight).max(0) if name != "one_scale" else np.full(layer.n_out, np.abs(weight).max())
+        scales = (largest / 448).astype(np.float32)
+        expected = nearest_float8(weight / scales) * scales
+        np.testing.assert_allclose(layer.dequantized().numpy(), expected, rtol=1e-6, err_msg=path)
+        rounded = x
+        if rounds:
+            x[0] *= 100  # what static scales clip
+            scale = np.abs(x).max(1, keepdims=True) / 448 if strategy == "token" else layer.input_scale.numpy()
+            rounded = nearest_float8((x / scale).clip(-448, 448)) * scale
+        y = layer.product(paddle.to_tensor(x)).numpy()
+        np.testing.assert_allclose(y, rounded @ expected, rtol=1e-5, atol=1e-5 * np.abs(y).max(), err_msg=path)
+    ids = paddle.to_tensor(rng.integers(3, 3000, (2, 11)))
+    logits = model.eval()(ids).numpy()
+    for format in ("hf", "compressed-tensors", "static"):
+        other = run(tmp_path / format, model_name_or_path=out, format=format)
+        if format == "hf":
+            np.testing.assert_array_equal(adapters.from_pretrained(other).eval()(ids).numpy(), logits)
+    config = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    inputs = config["config_groups"]["group_0"]["input_activations"]
+    assert config["format"] == "float-quantized" and (inputs and inputs["strategy"]) == strategy
+    assert "model.layers.1.mlp.down_proj" in config["ignore"]
+    floats = M.block_linears(adapters.from_pretrained(tmp_path / "compressed-tensors"))
+    for path, (_, _, layer) in M.block_linears(model).items():
+        np.testing.assert_allclose(floats[path][2].weight.numpy(), layer.full_weight(), rtol=1e-6, err_msg=path)
+
+
+def test_fp8_is_served_in_one_call_and_trains_lora(world, tmp_path):  # noqa: F811
+    out, request = tmp_path / "out", Request(list(range(5, 30)), SamplingParams(max_tokens=6, temperature=0.0))
+    quantize_run(keys_of(world, out, do_ptq=True, quant_type="fp8"))
+    floats = run(tmp_path / "floats", model_name_or_path=out, dequantize=True)
+    replies = [
+        Engine(runner(adapters.from_pretrained(folder), 16, 16), num_blocks=16, block_size=16).generate([request])
+        for runner, folder in ((PagedRunner, out), (FusedRunner, out), (FusedRunner, floats))
+    ]
+    assert replies[0][0][0].token_ids == replies[1][0][0].token_ids == replies[2][0][0].token_ids
+    model = adapters.apply_lora(adapters.from_pretrained(out), rank=2)
+    model(paddle.to_tensor([[5, 6, 7]])).sum().backward()
+    assert all(lora.lora_B.grad.abs().sum() > 0 for lora in adapters.lora_layers(model).values())
+    quantize_run(keys_of(world, tmp_path / "rounded", do_ptq=True, quant_type="a8w8_fp8"))
+    model = adapters.from_pretrained(tmp_path / "rounded")
+    assert why_not_fused(model, None, "float32") == "it does not round the inputs of products to e4m3"
+    with pytest.raises(UserError, match="a8w8_fp8: rounded activations have no gradient"):
+        adapters.trainable_weights(adapters.apply_lora(model, rank=2))
+
+
 def test_layouts_that_a_model_does_not_fit(tmp_path):
     eight = quantized("w8", tmp_path / "w8")
     for source, format, reason in (
@@ -228,6 +324,56 @@ def test_layouts_that_a_model_does_not_fit(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+# ======================================================================================================= clients
+
+W4 = {"do_ptq": True, "quant_type": "wint4", "group_size": 64, "dataset_name_or_path": ""}
+A8W8 = {"do_ptq": True, "quant_type": "a8w8", "ptq_step": 1}
+OPENED = {  # name: (quantize.py's keys, format, clients)
+    "gptq": (W4, "hf", ("gptq", "vllm")),
+    "gptq_skip": ({**W4, "skip_list_names": "down_proj"}, "hf", ("gptq", "vllm")),
+    "gptq_skip_one": ({**W4, "skip_list_names": "3.mlp.down_proj"}, "hf", ("gptq", "vllm")),
+    "awq": ({**W4, "sym": False}, "awq", ("gptq", "vllm")),
+    "ct_mixed": ({"do_ptq": True, "bits": 6.0, "group_size": 64, "gptq_step": 1}, "compressed-tensors", ("vllm/hf",)),
+    "ct_tensor": (A8W8, "compressed-tensors", ("vllm", "vllm/hf")),
+    "ct_token": ({**A8W8, "activation": "per_token"}, "compressed-tensors", ("vllm", "vllm/hf")),
+    "ct_fp8": ({"do_ptq": True, "quant_type": "fp8", "dataset_name_or_path": ""}, "compressed-tensors", ("vllm/hf",)),
+    "ct_fp8_tensor": ({**A8W8, "quant_type": "a8w8_fp8"}, "compressed-tensors", ("vllm/hf",)),
+    "ct_fp8_token": (
+        {**A8W8, "quant_type": "a8w8_fp8", "activation": "per_token"},
+        "compressed-tensors",
+        ("vllm", "vllm/hf"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name, client", [(name, client) for name, row in OPENED.items() for client in row[2]])
+def test_clients_compute_the_same(name, client, world, tmp_path, request, monkeypatch, capsys):  # noqa: F811
+    """transformers (with gptqmodel, or in vllm's Python) and vllm open what quantize.py made."""
+    python = request.config.getoption(f"--{client.partition('/')[0]}-python")
+    if python is None:
+        pytest.skip(f"needs --{client.partition('/')[0]}-python: a Python with it")
+    monkeypatch.setattr(export, "QUESTIONS", export.QUESTIONS[:3])
+    keys, format, _ = OPENED[name]
+    keys = keys_of(world, tmp_path / "out", src_length=200, max_length=400) | {"model_name_or_path": str(DEMO), **keys}
+    quantize_run(keys)
+    who = "vllm" if client == "vllm" else "transformers"
+    keys = {"format": format, "verify_with": python, "verify_client": who}
+    run(tmp_path / "export", model_name_or_path=tmp_path / "out", **keys)
+    assert f"{who}: same ids of" in capsys.readouterr().out
+
+
+def test_skipped_linears_are_named_in_the_words_of_every_reader():
+    names = [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
+    keys = leave_out(names[1::2], names[::2])
+    assert keys["modules_in_block_to_quantize"] == [["self_attn.q_proj"]]  # the same in every block
+    one = leave_out(names[3:], names[:3])
+    assert one["modules_in_block_to_quantize"] == [names[:3]]
+    config = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", **one}
+    assert [re.match(pattern[2:], name) is not None for pattern in one["dynamic"] for name in names] == [0, 0, 0, 1]
+    assert runs_as_integers(config | {"modules_to_not_convert": names[3:]}) and not runs_as_integers(config)
+    assert bits_of(config, names[0]) == 4 and all_bits(config) == [4]
+
+
 # ====================================================================================================== refusals
 
 
@@ -236,7 +382,7 @@ def test_layouts_that_a_model_does_not_fit(tmp_path):
     [
         (
             {"quant_method": "hqq"},
-            "quant_method 'hqq' cannot be read; readable are gptq, a8w8, awq, compressed-tensors",
+            "quant_method 'hqq' cannot be read; readable are gptq, a8w8, weight_only_fp8, a8w8_fp8, awq",
         ),
         ({"quant_method": "gptq", "bits": 5}, "bits = 5; readable are 4, 2, 3, 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
