@@ -162,8 +162,8 @@ def round_to_float8(x, scale=None):
 
 def dequantize_table(codes, scales, values, n_in, n_out, transposed=False, dtype="float32"):
     byte = paddle.arange(256)
-    table = values.unsqueeze(1) if len(values) == 256 else paddle.stack([values[byte // 16], values[byte % 16]], 1)
-    blocks = F.embedding(codes.astype("int32"), table).reshape([len(scales), -1]) * scales.unsqueeze(1)
+    table = values.unsqueeze(1) if values.shape[0] == 256 else paddle.stack([values[byte // 16], values[byte % 16]], 1)
+    blocks = F.embedding(codes.astype("int32"), table).reshape([scales.shape[0], -1]) * scales.unsqueeze(1)
     weight = blocks.reshape([-1])[: n_in * n_out].reshape([n_out, n_in]).astype(dtype)
     return weight if transposed else weight.t().contiguous()
 
