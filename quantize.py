@@ -80,9 +80,7 @@ class Args(ScriptArgs):
     do_awq: bool = False  # weights alone: first scale channels by the size of their inputs
     awq_step: int = 8  # do_awq: calibration batches
     auto_clip: bool = False  # weights alone, do_ptq: search each group's range; the other methods search theirs
-    quant_type: str | None = (
-        None  # weight_only_int8, weight_only_int4 (wint8, …), a8w8, fp8, a8w8_fp8; None: a8w8, GPTQ int4
-    )
+    quant_type: str | None = None  # weight_only_int8 to _int2 (wint8), a8w8, fp8, a8w8_fp8; None: a8w8, GPTQ int4;
     # with c8 at the end, as a8w8c8: also scales for keys and values in int8 (serve.py's cachekv_int8_type: static)
     cachekv_quant_method: str = "abs_max_headwise"  # c8: largest value of all batches, or avg_headwise: mean of theirs
     bits: float | None = None  # weights alone, in place of quant_type: 4, 8; 4.5 mixes formats of that mean size

@@ -699,6 +699,7 @@ def slow_logp(model, prompt, reply):
     return logps[paddle.to_tensor(places), paddle.to_tensor(ids[1:][places])].sum()
 
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("kind", MOVING)
 def test_a_moving_reference_by_hand(kind, world, tmp_path):
     """Loss and gradient norm of five packed steps, one reply after another, by a policy and a reference that are two
