@@ -91,7 +91,10 @@ def round_as_trained(model: CausalLM, adapter: str | Path) -> None:
         raise UserError(f"{file}: base_quantization = {json.dumps(saved)} is not what finetune.py writes") from None
     if low_bit.algo not in ALGORITHMS:
         raise UserError(f"{file}: base_quantization: algo {low_bit.algo!r}; possible are {', '.join(ALGORITHMS)}")
-    round_base(block_linears(model), low_bit)
+    try:
+        round_base(block_linears(model), low_bit)
+    except UserError as error:  # of tensor parallelism
+        raise UserError(f"{file}: base_quantization: {error}; or merge the adapter with export.py first") from None
 
 
 def base_folders(path: str | Path) -> list[Path]:

@@ -247,14 +247,6 @@ class LoraArgs(TrainingArgs):
         if algo and getattr(self, "pissa", False):
             raise UserError("pissa takes its start out of float weights; it is not possible with weight_quantize_algo")
 
-    def check_topology(self) -> None:
-        super().check_topology()
-        if self.weight_quantize_algo and self.tensor_parallel_degree > 1 and self.qlora_weight_double_quant:
-            raise UserError(
-                "qlora_weight_double_quant: scales that share a scale would be on several ranks of "
-                "tensor_parallel_degree; leave it out, or use pipeline_parallel_degree"
-            )
-
 
 def lora_targets(value: str | list[str] | None) -> str | list[str] | None:
     """lora_target_modules in one of the forms that peft knows: a list of names, or one regular expression.

@@ -14,8 +14,8 @@ is merged into its base), and another adapter on top by lora_path or prefix_path
 --format gguf    model.gguf for llama.cpp, Ollama and LM Studio: weights as gguf_type, tokenizer, chat template and
                  stop ids; and Modelfile, for `ollama create`. Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma.
 --format compressed-tensors, awq
-                 the integers of a quantized model (4 and 8 bits, A8W8; awq: 4 bits in groups) in the layouts that vLLM
-                 and transformers open. GPTQ's own layout is format hf.
+                 the codes of a quantized model (4 and 8 bits, A8W8, fp8; awq: 4 bits in groups) in the layouts that
+                 vLLM and transformers open. GPTQ's own layout is format hf.
 --format fp8     a float model, its linears in e4m3 with a scale an output channel: compressed-tensors' float-quantized.
 
 Every export is written to a temporary folder, loaded again from there, and its logits are compared with those of the

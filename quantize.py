@@ -1,18 +1,18 @@
-"""Post-training quantization of weights alone (to nearest, GPTQ, AWQ, AutoRound; 2 to 8 bits), or activations too.
+"""Post-training quantization of weights alone (to nearest, GPTQ, AWQ, AutoRound; 2 to 8 bits, fp8), or activations too.
 
     python quantize.py configs/llama_gptq.json                       # GPTQ; any key again as --key value
     python quantize.py configs/llama_ptq.json                        # A8W8 with smoothing and its search
 
 Reads a Hugging Face folder, or an adapter's (LoRA is merged first), and calibration records (see data.py: quant.json if
-it is there, else train.json; or a corpus prefix). Writes a folder of real integers that every script opens, with a
-report: error, bits and seconds of each linear; on dev, perplexity, accuracy and KL divergence to the float model.
+it is there, else train.json; or a corpus prefix). Writes a folder of real integers (or e4m3) that every script opens,
+with a report: error, bits and seconds of each linear; on dev, perplexity, accuracy, KL divergence to the float model.
 Embeddings, norms and the head stay floats. The same command goes on after a kill (see quantization/progress.py).
 
 One pass over the model, block by block: a block's linears see the outputs of the quantized blocks before it, and an
 expert's linears see the tokens routed to it. Memory: the model (each float weight is freed when its integers are
 there), the hidden states of the calibration tokens (see quantization/calibration.py), one batch in flight, and for
-linears that share an input one Hessian (n_in^2 float32, seven times that while it is factored; for experts as many as
-HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_train_batch_size * max_length.
+linears that share an input one Hessian (n_in^2 float32, eight times that besides while it is factored; for experts as
+many as HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_train_batch_size * max_length.
 
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
 norm, gelu before down_proj, a router without bias), a printed line says what is left out.
@@ -100,7 +100,7 @@ class Args(ScriptArgs):
     autoround_iters: int = 200  # do_autoround: steps a block, each on one calibration batch
     autoround_lr: float | None = None  # how far the first step moves; None: 1 / autoround_iters
     ptq_step: int = 32  # calibration batches of a8w8 and a8w8_fp8
-    activation: str = "per_tensor"  # a8w8: one scale found by calibration; per_token: each token's own; mixed
+    activation: str = "per_tensor"  # a8w8: one scale, by calibration; per_token: each token's own; a8w8 alone: mixed
     per_token_ratio: float = 1.5  # mixed: each token's own where one scale makes the error that many times larger
     act_quant_method: str = "avg"  # one scale: from the largest value of all batches (abs_max), or the mean of theirs
     shift: bool = False  # move each channel's range to be symmetric
@@ -432,7 +432,7 @@ def report_line(row: dict, percdamp: float) -> str:
             note += f": not positive definite with percdamp {percdamp:g}"
     note += f"  {row['note']}" if "note" in row else ""
     numbers = f"error {100 * row['error']:8.4f} %  {row['seconds']:6.2f} s"
-    return f"{row['linear']:<42} {shape:>12}  {row['scheme']:<4}  {numbers}{note}"
+    return f"{row['linear']:<42} {shape:>12}  {row['scheme']:<8}  {numbers}{note}"
 
 
 def quantization_config(args: Args, skipped: list[str], rows: list[dict]) -> dict:

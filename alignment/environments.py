@@ -93,7 +93,11 @@ class Toolbox:
 
     def reset(self, environment: object, record: dict, where: str) -> str:
         """The text that follows the prompt of the record at `where`, if any."""
-        return self._user_call(lambda: environment.reset(**record), f"environment_factory: {where}: reset()") or ""
+        name = f"environment_factory: {where}: reset()"
+        text = self._user_call(lambda: environment.reset(**record), name)
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{name} returned {type(text).__name__}; None or a text is needed")
+        return text or ""
 
     def _user_call(self, call: Callable, name: str) -> object:
         """call(), or UserError with what it raised."""

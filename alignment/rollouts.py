@@ -244,7 +244,7 @@ def _reset_prompt(dataset, number, environments):
     """The prompt's ids, after reset() of the environments of all replies to it, which must say the same."""
     where, record = dataset.where(number), dataset.record(number)
     texts = [dataset.toolbox.reset(environment, record, where) for environment in environments]
-    if not all(isinstance(text, str) and text == texts[0] for text in texts):
+    if len(set(texts)) > 1:
         raise UserError(f"environment_factory: {where}: reset() must give all replies the same text")
     return dataset.ids(number, texts[0])
 

@@ -204,6 +204,11 @@ def cut_blocks(spec: ShardSpec, low_bit: LowBit) -> str | None:
     """Why the ranks' parts of a weight (in, out) would not be rounded as the whole weight is; None: they are."""
     if not low_bit.is_blockwise:
         return None  # a scale for each output channel, see LowBitLinear.largest()
+    if low_bit.double_quant:
+        return (
+            "qlora_weight_double_quant: scales that share a scale would be on several ranks of tensor_parallel_degree; "
+            "leave it out, or use pipeline_parallel_degree"
+        )
     n_in, n_out = spec.shape
     edges = {edge for ranges in spec.ranges_by_rank for part in ranges for edge in part}
     # The weight is (out, in), flat: a part of the outputs is one run of it, one of the inputs a run in each row.

@@ -57,7 +57,7 @@ ids, tokens, logits = [], [], []
 """
 _CONFIG = """
 config = open(os.path.join(job["model"], "config.json")).read()
-is_gptq = '"quant_method": "gptq"' in config or '"quant_method": "awq"' in config
+in_float16 = '"quant_method": "gptq"' in config or '"quant_method": "awq"' in config
 """
 _TAIL = """
 np.savez(job["out"], ids=json.dumps(ids), tokens=json.dumps(tokens), **{f"logits_{i}": a for i, a in enumerate(logits)})
@@ -85,7 +85,7 @@ for prompt in job["prompts"]:
     + """
 import torch, transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
-dtype = torch.float16 if is_gptq else torch.float32  # gptqmodel's kernels have 16 bits
+dtype = torch.float16 if in_float16 else torch.float32  # gptqmodel's kernels, which AWQ has too
 model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval()
 ids = [tokenizer(text)["input_ids"] for text in job["texts"]]
 model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=job["stops"] or None)
@@ -110,7 +110,7 @@ try:  # its kernel of int8 for AMX has no float32, and rounds each token by its 
 except ImportError:
     pass
 length = max(map(len, job["prompts"])) + job["count"] + 8
-dtype = "float16" if is_gptq or "pack-quantized" in config else "float32"  # those kernels have no float32
+dtype = "float16" if in_float16 or "pack-quantized" in config else "float32"  # those kernels have no float32
 llm = vllm.LLM(job["model"], dtype=dtype, max_model_len=length, enforce_eager=True, seed=0)
 ids = [llm.get_tokenizer()(text)["input_ids"] for text in job["texts"]]
 params = vllm.SamplingParams(temperature=0, max_tokens=job["count"], stop_token_ids=job["stops"], logprobs=20)

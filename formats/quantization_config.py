@@ -21,11 +21,11 @@ KEYS = ("quantization_config", "compression_config")  # of config.json; the seco
 
 def runs_as_integers(quantization: dict) -> bool:
     """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other, but for
-    those that modules_to_not_convert names; leave_out() says them in other words too, which are not read then."""
-    known, is_ours = QUANTIZATIONS["gptq"], bool(quantization.get("modules_to_not_convert"))
+    those that modules_to_not_convert names; what leave_out() adds says the same of these."""
+    known, dynamic = QUANTIZATIONS["gptq"], dict(quantization.get("dynamic") or {})
+    is_ours = dynamic.pop(_skip_pattern(quantization.get("modules_to_not_convert") or []), None) is not None
     if quantization.get("lm_head") or quantization.get("modules_in_block_to_quantize") and not is_ours:
         return False
-    dynamic = {p: v for p, v in (quantization.get("dynamic") or {}).items() if not (is_ours and p[:2] == "-:")}
     of_bits = [{"bits": quantization.get("bits")}, *dynamic.values()]
     return (
         quantization.get("checkpoint_format") in known["checkpoint_format"]
@@ -39,8 +39,26 @@ def leave_out(skipped: list[str], quantized: list[str]) -> dict:
     transformers does (modules_in_block_to_quantize, ends of names); quantized: all others of the blocks."""
     ends = [list(dict.fromkeys(re.sub(r".*?\.\d+\.", "", path, count=1) for path in p)) for p in (quantized, skipped)]
     uniform = not {*ends[0]} & {*ends[1]}
-    pattern = "|".join(map(re.escape, skipped))
-    return {"dynamic": {f"-:^({pattern})$": {}}, "modules_in_block_to_quantize": [ends[0] if uniform else quantized]}
+    return {
+        "dynamic": {_skip_pattern(skipped): {}},
+        "modules_in_block_to_quantize": [ends[0] if uniform else quantized],
+    }
+
+
+def _skip_pattern(skipped: list[str]) -> str:
+    return f"-:^({'|'.join(map(re.escape, with_fused(skipped)))})$"
+
+
+def with_fused(names: list[str]) -> list[str]:
+    """Names of linears, and of those that an engine makes of q, k, v, or of gate and up, where all parts are there."""
+    fused = {"v_proj": (("q_proj", "k_proj"), "qkv_proj"), "up_proj": (("gate_proj",), "gate_up_proj")}
+    added = []
+    for name in names:
+        stem, _, last = name.rpartition(".")
+        others, whole = fused.get(last, ((), ""))
+        if whole and all(f"{stem}.{other}" in names for other in others):
+            added.append(f"{stem}.{whole}")
+    return [*names, *added]
 
 
 def bits_of(quantization: dict, module: str) -> int:

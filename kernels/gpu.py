@@ -15,9 +15,9 @@ converted exactly.
 The reference runs where neither has an operator: attention in float32 (unless kernels.bf16), with ALiBi or a softcap,
 with Dh over 256 or not a multiple of 8, or with mask rows if Tq != Tk (Paddle counts rows from the first query, we from
 the first key), which includes a prompt behind a cache with a window; rope of neighboring dims; gelu; act order and
-a8w8; a sharded vocabulary; operands of different dtypes. With kernels.bf16, linear, attention and linear_cross_entropy
-of float32 tensors run in bfloat16. The CUDA code is tested on the CPU (tests/gpu/cuda_on_cpu.h) and timed by
-tests/gpu/cuda_harness.cu; it has not been timed yet.
+a8w8; a sharded vocabulary; operands of different dtypes. With kernels.bf16, linear, lora_linear, attention and
+linear_cross_entropy of float32 tensors run in bfloat16. The CUDA code is tested on the CPU (tests/gpu/cuda_on_cpu.h)
+and timed by tests/gpu/cuda_harness.cu; it has not been timed yet.
 """
 
 import functools

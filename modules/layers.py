@@ -71,13 +71,24 @@ FLOAT8 = ("fp8", "a8w8_fp8")  # the schemes of a QuantLinear in e4m3
 _E4M3 = np.nan_to_num(float8_values(4))  # (256,); no code is NaN
 
 
+class Float8Weight(kernels.ComputedWeight):
+    """The weight of a QuantLinear in e4m3; codes and scales are by output channel."""
+
+    def __init__(self, layer: "QuantLinear"):
+        self.layer, self.shape = layer, [layer.n_in, layer.n_out]
+
+    def computed(self, transposed: bool, dtype: str) -> paddle.Tensor:
+        codes, scales, values = self.layer.qweight, self.layer.scales, paddle.to_tensor(_E4M3)
+        return kernels.dequantize_table(codes, scales, values, *self.shape, transposed, dtype)
+
+
 class QuantLinear(nn.Layer):
     """y = x W + b with W (in, out) held as integers, on kernels.quant_linear, whose docstring has the layouts.
 
     scheme "w4" or "w8": only weights, in groups of group_size input rows (-1: one group). "w2" and "w3", which no
     kernel multiplies: so too, and floats are kept from the first product on. scheme "a8w8": weights by output channel,
     activations rounded as well, by input_scale if static_input, else token by token. "fp8" and "a8w8_fp8": the same in
-    e4m3, for which no processor here has products: weights become floats for each product and are let go again.
+    e4m3, (out, in), for which no processor here has products: weights become floats for each product and are let go.
     """
 
     def __init__(self, n_in, n_out, scheme, group_size=-1, bias=False, desc_act=False, static_input=False):
@@ -127,7 +138,8 @@ class QuantLinear(nn.Layer):
             return kernels.linear(x, self.floats, bias)
         if self.scheme in FLOAT8:
             x = x if self.scheme == "fp8" else kernels.round_to_float8(x, self.input_scale)
-            return kernels.linear(x, self.dequantized(), bias)
+            has_gradient = paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not x.stop_gradient
+            return kernels.linear(x, Float8Weight(self) if has_gradient else self.dequantized(), bias)
         groups = self._row_groups()
         return kernels.quant_linear(
             x, self.qweight, self.scales, bias, self.scheme, self.qzeros, groups, self.input_scale
@@ -136,8 +148,7 @@ class QuantLinear(nn.Layer):
     def dequantized(self) -> paddle.Tensor:
         """(in, out) float32: the weight that the codes stand for."""
         if self.scheme in FLOAT8:
-            values = paddle.to_tensor(_E4M3)
-            return kernels.dequantize_table(self.qweight, self.scales, values, self.n_in, self.n_out)
+            return Float8Weight(self).computed(False, "float32")
         if self.scheme == "a8w8":
             return self.qweight.astype("float32") * self.scales
         bits = int(self.scheme[1:])

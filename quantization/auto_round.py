@@ -177,6 +177,8 @@ def learn_block(
     targets: a batch's outputs (tokens, D). They are those of the float model, while inputs are what the quantized
     blocks before this one put out: what those lost, this one makes up for.
     """
+    if not parts:  # all are left as they are
+        return {}
     rounded = {}
     for parameter in block.parameters():
         parameter.stop_gradient = True

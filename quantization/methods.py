@@ -185,8 +185,10 @@ class A8W8GPTQ(A8W8):
         return gptq_plan(stats.mean_hessian(), True, args.percdamp)
 
     def codes(self, weight, plan, args) -> tuple:
-        found = gptq(weight, plan, 8, search_range=False)  # smaller ranges are of use with few bits
-        return (found.codes.astype(np.int16) - 128).astype(np.int8), found.scales[0]
+        size = np.abs(weight).max(0)  # scales here are float32, and gptq() stores them in float16
+        size[size == 0] = 1
+        found = gptq(weight / size, plan, 8, search_range=False)  # smaller ranges are of use with few bits
+        return (found.codes.astype(np.int16) - 128).astype(np.int8), found.scales[0] * size
 
     def quantize(self, ref, stats, shared, args) -> tuple:
         return super().quantize(ref, stats, shared, args)[0], shared.damping

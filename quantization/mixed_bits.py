@@ -18,7 +18,7 @@ import paddle
 
 from arguments import ScriptArgs
 from formats.files import UserError
-from formats.quantization_config import QUANTIZATIONS
+from formats.quantization_config import QUANTIZATIONS, with_fused
 from model import CausalLM, set_parameter
 from quantization.calibration import Calibration, linear_refs, sequential_groups
 from quantization.divergence import token_scores
@@ -135,9 +135,6 @@ def mixed_config(units: list[dict], bits: list[int]) -> dict:
     for unit, own in zip(units, bits):
         if own == most:
             continue
-        names = list(unit["linears"])
-        for last, fused in (("v_proj", "qkv_proj"), ("up_proj", "gate_up_proj")):
-            names += [n.removesuffix(last) + fused for n in names if n.endswith(f".{last}") and len(names) > 1]
-        pattern = "|".join(re.escape(name) for name in names)
+        pattern = "|".join(map(re.escape, with_fused(list(unit["linears"]))))
         dynamic[f"+:^({pattern})$"] = {"bits": own}
     return {"bits": most, "dynamic": dynamic}

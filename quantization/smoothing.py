@@ -170,14 +170,15 @@ def piecewise_search(parts: list, statistics: list, args: ScriptArgs) -> tuple:
     return best_scale, least
 
 
-def channel_statistics(seen: list, weights: list, args: ScriptArgs) -> list[tuple]:
+def channel_statistics(seen: list, sampled: list, weights: list, args: ScriptArgs) -> list[tuple]:
     """[(largest |X|, largest |W|), (root mean square of X, of W), (fourth root of mean X^4, the same of W)] by channel,
-    each (n,), of all inputs and weights; means are of tokens that are divided by their size if it is over the median's.
+    each (n,), of all inputs and weights. Means are of the rows `sampled` [(tokens, n), …], each divided by its size if
+    it is over the median's.
 
     All are of use. With a scale a token its largest channel decides the error of all others; if that is mostly another
     one, the mean of x^p / s^p weighs it, p about 4, against s^2 |w|^2, by which the errors grow."""
     low, high = extremes(seen, args.smooth_step)
-    rows = np.concatenate([part for inputs in seen for part in inputs.rows])
+    rows = np.concatenate(sampled)
     squares, weight = np.square(rows), np.concatenate(weights, axis=1)
     size = squares.mean(1, keepdims=True)
     squares /= np.maximum(size, max(float(np.median(size)), 1e-30))
@@ -258,7 +259,8 @@ def smooth_group(block: nn.Layer, group: LinearGroup, seen: list, linears_of: li
         return [f"smooth: not before {group.kind}: {group.fixed}"]
     most = sorted(range(len(seen)), key=lambda i: -seen[i].tokens)[:SEARCHED]
     readers = [layer for linears in linears_of for layer in linears]
-    statistics = channel_statistics(seen, [layer.weight.numpy() for layer in readers], args)
+    sampled = [rows for i in most for rows in seen[i].rows]
+    statistics = channel_statistics(seen, sampled, [layer.weight.numpy() for layer in readers], args)
     heads, times = group.heads  # the heads of a group read the same channels of v: one factor for them
     if times > 1:
         statistics = [[v.reshape(heads, times, -1).max(1, keepdims=True) for v in pair] for pair in statistics]

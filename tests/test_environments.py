@@ -53,6 +53,11 @@ class Broken:
         """See."""
 
 
+class Wordless:
+    def reset(self, **_):
+        return [0.0, 1.0]
+
+
 class Counter:
     """What a reply has counted."""
 
@@ -230,6 +235,10 @@ def test_bad_tools(world, tools, tmp_path, capfd):  # noqa: F811
         "not made": (
             {"environment_factory": f"{tools}:Unmade", "chat_template": "qwen3"},
             r"environment_factory: OSError: no room",
+        ),
+        "no text": (
+            {"environment_factory": f"{tools}:Wordless", "chat_template": "qwen3"},
+            r"environment_factory: \S+\.json.*: reset\(\) returned list; None or a text is needed",
         ),
         "not reset": (
             {"environment_factory": f"{tools}:Broken", "chat_template": "qwen3"},

@@ -5,6 +5,7 @@ python -m pytest tests/test_low_bit.py      # CPU, some seconds
 
 import itertools
 import json
+import types
 
 import kernels
 
@@ -22,6 +23,7 @@ import formats.weights
 import model as M
 import rl
 from arguments import parse_args
+from distributed.tensor import cut_blocks
 from formats.files import UserError
 from modules import low_bit
 from modules.lora import truncated_svd
@@ -322,10 +324,10 @@ def test_finetune_with_loftq(tmp_path):
 
 
 def test_scales_of_scales_are_not_cut():
-    keys = dict(weight_quantize_algo="nf4", tensor_parallel_degree=2)
-    finetune.Args(lora=True, **keys).check_topology()
-    with pytest.raises(UserError, match="would be on several ranks of tensor_parallel_degree; leave it out"):
-        finetune.Args(lora=True, qlora_weight_double_quant=True, **keys).check_topology()
+    spec = types.SimpleNamespace(shape=[64, 64], dim=1, ranges_by_rank=[[(0, 32)], [(32, 64)]])
+    assert cut_blocks(spec, LowBit("nf4", 64)) is None and "blocks of 4096" in cut_blocks(spec, LowBit("nf4", 4096))
+    assert "would be on several ranks" in cut_blocks(spec, LowBit("nf4", 64, double_quant=True))
+    assert cut_blocks(spec, LowBit("weight_only_int8", 64, double_quant=True)) is None  # it has no blocks
 
 
 @pytest.mark.parametrize(

@@ -695,7 +695,7 @@ def test_the_search_finds_what_trying_everything_in_full_finds(activation):
     stats, weights = observed(x), [weight[:, :600], weight[:, 600:]]
     keys = {**SEARCH, "search_alpha_step": 0.15, "search_tokens": len(x)}
     args = make_args(do_ptq=True, smooth=True, activation=activation, **keys)
-    statistics = smoothing.channel_statistics([stats], weights, args)
+    statistics = smoothing.channel_statistics([stats], stats.rows, weights, args)
     np.testing.assert_allclose(statistics[0], [np.abs(x).max(0), np.abs(weight).max(1)], rtol=1e-6)
     sizes = np.linalg.norm(x, axis=1, keepdims=True)
     even = x / np.maximum(sizes, np.median(sizes)) * np.sqrt(x.shape[1])
@@ -724,6 +724,8 @@ def test_weights_of_a8w8_by_gptq_lose_less_and_see_smoothed_inputs_of_quantized_
     nearest, nearest_scales = rounding.int8_weight(weight)
     errors = [np.linalg.norm(x @ (c * s - weight)) for c, s in ((codes, scales), (nearest, nearest_scales))]
     assert codes.dtype == np.int8 and errors[0] < 0.7 * errors[1], errors
+    small, small_scales = method.codes(weight * np.float32(1e-6), method.prepare(stats, args), args)
+    np.testing.assert_allclose(small * small_scales * 1e6, codes * scales, atol=1e-6)  # below float16
     hessians, prepare = [], method.prepare
     net, loader = tiny_model(), make_loader()
     observed = [group.names[0] for group in groups(net, net.layers[0])]

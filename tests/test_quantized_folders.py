@@ -24,7 +24,7 @@ import model as M
 from formats.dequantize import METHODS, float_tensors, unpack
 from formats.files import UserError
 from formats.quantization_config import all_bits, bits_of, leave_out, runs_as_integers
-from formats.quantized_export import to_float8
+from formats.quantized_export import float8_weight, to_float8
 from formats.tensor_files import (
     StoredTensor,
     float8_values,
@@ -35,6 +35,7 @@ from formats.tensor_files import (
     write_safetensors,
 )
 from modules import low_bit
+from modules.layers import Float8Weight, QuantLinear
 from serving.engine import Engine, Request
 from serving.fused import FusedRunner, why_not_fused
 from serving.runners import PagedRunner
@@ -362,6 +363,25 @@ def test_clients_compute_the_same(name, client, world, tmp_path, request, monkey
     assert f"{who}: same ids of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_e4m3_weights_are_made_again_for_the_gradient(tokens, monkeypatch):
+    """They are not kept from the forward pass on."""
+    layer, generator, made = QuantLinear(24, 56, "fp8"), np.random.default_rng(0), []
+    codes, scales = float8_weight(generator.standard_normal((24, 56)).astype(np.float32), False)
+    layer.qweight.set_value(codes), layer.scales.set_value(scales)
+    computed = Float8Weight.computed
+    monkeypatch.setattr(Float8Weight, "computed", lambda *a: made.append(a) or computed(*a))
+    x = paddle.to_tensor(generator.standard_normal((tokens, 24)).astype(np.float32), stop_gradient=False)
+    weight, dy = layer.dequantized(), generator.standard_normal((tokens, 56)).astype(np.float32)
+    made.clear()
+    y = layer.product(x)
+    assert len(made) == 1
+    y.backward(paddle.to_tensor(dy))
+    assert len(made) == 2
+    np.testing.assert_allclose(y.numpy(), x.numpy() @ weight.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(x.grad.numpy(), dy @ weight.numpy().T, rtol=1e-5, atol=1e-5)
+
+
 def test_skipped_linears_are_named_in_the_words_of_every_reader():
     names = [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
     keys = leave_out(names[1::2], names[::2])
@@ -372,6 +392,12 @@ def test_skipped_linears_are_named_in_the_words_of_every_reader():
     assert [re.match(pattern[2:], name) is not None for pattern in one["dynamic"] for name in names] == [0, 0, 0, 1]
     assert runs_as_integers(config | {"modules_to_not_convert": names[3:]}) and not runs_as_integers(config)
     assert bits_of(config, names[0]) == 4 and all_bits(config) == [4]
+    attention = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    fused = "model.layers.0.self_attn.qkv_proj"  # as vLLM asks for it
+    of_all, of_two = (next(iter(leave_out(skipped, names)["dynamic"]))[2:] for skipped in (attention, attention[1:]))
+    assert re.match(of_all, fused) and not re.match(of_two, fused)
+    foreign = {"modules_to_not_convert": ["lm_head"], "dynamic": {"-:.*self_attn.*": {}}}
+    assert not runs_as_integers({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", **foreign})
 
 
 # ====================================================================================================== refusals
