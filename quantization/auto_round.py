@@ -57,8 +57,8 @@ class RoundedLinear(nn.Layer):
             codes += zero
             yield group, rows, scale, zero, ratio, codes
 
-    def round(self) -> np.ndarray:
-        """The weight (in, out), rounded as it is learned so far."""
+    def rounded_weight(self) -> np.ndarray:
+        """(in, out), as it is learned so far."""
         rounded = np.empty_like(self.W)
         for _, rows, scale, zero, _, codes in self.slabs():
             np.clip(codes, 0, self.top, out=codes)
@@ -93,7 +93,7 @@ class RoundedLinear(nn.Layer):
             yield group, rows, kept, np.stack([of_low, of_high])
 
     def step(self, rate: float) -> np.ndarray:
-        """A signed step of V and of the factors against the gradient; round() after it."""
+        """A signed step of V and of the factors against the gradient; returns rounded_weight() after it."""
         for group, rows, of_v, of_factors in self.gradients():
             own, ends = self.V[rows], self.factors[:, group]
             np.sign(of_v, out=of_v)
@@ -101,7 +101,7 @@ class RoundedLinear(nn.Layer):
             own -= of_v
             np.clip(own, -0.5, 0.5, out=own)
             ends[:] = np.clip(ends - rate * np.sign(of_factors), 0.5, 1.2)
-        return self.round()
+        return self.rounded_weight()
 
     def quantized(self) -> QuantizedWeight:
         """The codes as they are learned so far, for scales as they are stored."""
@@ -143,7 +143,7 @@ def learn(
     The start is kept where the steps did not lower the error over all batches.
     """
     for linear in linears:
-        linear.use(linear.round())
+        linear.use(linear.rounded_weight())
     before, steps = block_error(block, calibration, targets), args.autoround_iters
     rate = args.autoround_lr or 1 / steps
     done = 0

@@ -144,7 +144,7 @@ def test_gradients_pass_the_rounding_as_if_it_were_not_there(bits, size, sym):
     linear.factors[:] = (
         r.rand(*linear.factors.shape[1:]) * 0.3 + 0.7 if sym else r.rand(*linear.factors.shape) * 0.3 + 0.7
     )
-    linear.use(linear.round())
+    linear.use(linear.rounded_weight())
     (linear.rounded * paddle.to_tensor(upstream)).sum().backward()
     for group, rows, of_v, of_factors in linear.gradients():
         v, factors = (paddle.to_tensor(a, stop_gradient=False) for a in (linear.V[rows], linear.factors[:, group]))
