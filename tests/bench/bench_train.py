@@ -303,23 +303,21 @@ def main(argv=None):
     args = TrainingArgs(learning_rate=1e-4, weight_decay=decay, max_grad_norm=clip)
     optimizer = trainer.AdamW(weights, args)
     batches, tokens = workload(options, model.config.vocab_size)
-    profile, rates, losses, total = Profile(), [], [], 0.0
+    profile, seconds, losses = Profile(), [], []
     for i in range(options.reps + 1):
         if options.in_turns and i:
             sys.stdin.readline()
         with profile.clocks(model) if options.profile and i else contextlib.nullcontext():
             start = time.perf_counter()  # making and collating the batches counts
             found = [training_step(model, weights, optimizer, batch, args, loss_of) for batch in batches(i)]
-            seconds = time.perf_counter() - start
+            took = time.perf_counter() - start
         losses.append(statistics.mean(found) if epochs else found[0])
         name = f"rep {i}" if i else "warm-up"
-        print(f"{name}: {len(found)} steps, {seconds:.3f} s, loss {losses[-1]:.5f}", flush=True)
-        if i:
-            rates.append(tokens / seconds)
-            total += seconds
+        print(f"{name}: {len(found)} steps, {took:.3f} s, loss {losses[-1]:.5f}", flush=True)
+        seconds += [took] if i else []
     assert np.isfinite(losses).all() and losses[-1] < losses[0], f"the loss must fall: {losses}"
     if options.profile:
-        profile.print(total)
+        profile.print(sum(seconds))
     result = {
         "peer": "ours",
         "task": options.task,
@@ -328,7 +326,8 @@ def main(argv=None):
         "mode": options.mode,
         "base": options.weight_quantize_algo,
         "threads": THREADS,
-        "eff_tok_s" if epochs else "tok_s": summary(rates),
+        "eff_tok_s" if epochs else "tok_s": summary([tokens / took for took in seconds]),
+        "seconds": seconds,
         "compute": "bf16" if kernels.bf16 else "fp32",
         "weights": source,
         "tokens": tokens,
