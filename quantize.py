@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
+import kernels  # before paddle: it silences what paddle prints at import
 
 import numpy as np
 import paddle
@@ -394,7 +394,9 @@ def quantize_block(
 
     def observe(groups, **keep):
         firsts = [group.names[0] for group in groups]
-        return dict(zip(firsts, calibration.observe(block, [refs[name] for name in firsts], **keep)))
+        found = dict(zip(firsts, calibration.observe(block, [refs[name] for name in firsts], **keep)))
+        kernels.trim_memory()  # of the activations, and of the float weights that were replaced
+        return found
 
     parts = [part for stage in stages for part in fit_to_memory(stage, refs)]
     lines = method.start_block(block, refs, parts, calibration, args)

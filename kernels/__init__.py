@@ -259,6 +259,12 @@ def _prepare_cpu():
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")  # read by MKL at its first product
 
 
+def trim_memory() -> None:
+    """Freed memory goes back to the system; glibc keeps most of it otherwise."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def _exists(backend):
     return importlib.util.find_spec(f"kernels.{backend}") is not None
 

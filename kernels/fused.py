@@ -319,12 +319,6 @@ class FusedMultiTransformer:
         return logits
 
 
-def trim_memory() -> None:
-    """Freed memory goes back to the system; glibc keeps most of it otherwise."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
-
-
 def gate_and_up(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """Two (…, F) -> (…, 2 · F rounded up to 64): 64 columns of one and of the other in turn; zeros where F ends."""
     width = -gate.shape[-1] % 64

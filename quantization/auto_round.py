@@ -186,7 +186,7 @@ def learn_block(
         observed = calibration.observe(block, [refs[g.names[0]] for g in groups], keep_hessian=True)
         for group, inputs in zip(groups, observed):
             for ref in (refs[name] for name in group.names):
-                weight, hessian = ref.layer.weight.numpy(), inputs.mean_hessian()
+                weight, hessian = ref.layer.weight.numpy(), inputs.hessian
                 start = clip(weight, hessian, args.bits, args.group_size, args.sym)
                 rounded[ref] = RoundedLinear(ref.layer, start, args.bits)
     for ref, linear in rounded.items():

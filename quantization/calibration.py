@@ -41,7 +41,7 @@ class ActivationStats:
 
     def __init__(self, n, keep_hessian, keep_rows):
         self.n, self.tokens, self.rows_per_batch = n, 0, keep_rows
-        self.hessian = np.zeros((n, n), np.float32) if keep_hessian else None  # X^T X
+        self.hessian = np.zeros((n, n), np.float32) if keep_hessian else None  # X^T X; no method minds a factor
         self.note = ""  # what the report says of these inputs
         self.low, self.high, self.rows = [], [], []  # a batch: (n,) least, (n,) largest, (rows_per_batch, n)
         self.token_max = []  # a batch: (tokens,) the largest |x| of each
@@ -58,10 +58,6 @@ class ActivationStats:
         self.token_max.append(np.maximum(x.max(1), -x.min(1)))
         if self.rows_per_batch:
             self.rows.append(x[np.unique(np.linspace(0, len(x) - 1, self.rows_per_batch).astype(np.int64))])
-
-    def mean_hessian(self):
-        """(n, n) float32."""
-        return self.hessian / max(1, self.tokens)
 
     def sample(self):
         """The rows kept; without calibration data the identity, for which errors are those of the weights."""

@@ -48,8 +48,20 @@ class GPTQPlan(NamedTuple):
     damping: float  # the damping used, as a share of the Hessian's mean diagonal
 
 
+def cholesky_(a: np.ndarray, block: int = 256) -> None:
+    """Turn a symmetric a (n, n) into L, lower triangular, a = L L^T, in place: NumPy's takes three times the memory.
+
+    Raises LinAlgError if a is not positive definite."""
+    for start in range(0, len(a), block):
+        own, below = np.s_[start : start + block], np.s_[start + block :]
+        a[start:, own] -= a[start:, :start] @ a[own, :start].T
+        a[own, own] = np.linalg.cholesky(a[own, own])
+        a[below, own] = np.linalg.solve(a[own, own], a[below, own].T).T
+        a[:start, own] = 0
+
+
 def gptq_plan(hessian: np.ndarray, desc_act: bool = False, percdamp: float = 0.01) -> GPTQPlan:
-    """GPTQPlan for a Hessian X^T X / tokens (in, in), in its dtype; the factor in between is float64.
+    """GPTQPlan for a Hessian X^T X (in, in), up to a factor, in its dtype; the triangle in between is float64.
 
     With H = U U^T, U upper triangular, the loss of errors e = w - q is a sum over rows, e^T H e =
     sum_k U_kk^2 (w_k + sum_{i<k} U_ik / U_kk e_i - q_k)^2: row k is best rounded once it has taken over these shares of
@@ -68,9 +80,11 @@ def gptq_plan(hessian: np.ndarray, desc_act: bool = False, percdamp: float = 0.0
         damped = hessian[np.ix_(last_first, last_first)].astype(np.float64)
         np.fill_diagonal(damped, diagonal[last_first] + damping * mean)
         with contextlib.suppress(np.linalg.LinAlgError):
-            factor = np.linalg.cholesky(damped)[::-1, ::-1]
-            own = factor.diagonal()
-            feedback = np.ascontiguousarray(factor / own, dtype)
+            cholesky_(damped)
+            factor = damped[::-1, ::-1]
+            own = factor.diagonal().copy()
+            factor /= own
+            feedback = np.ascontiguousarray(factor, dtype)
             if np.isfinite(feedback).all():
                 return GPTQPlan(order, feedback, np.square(own / own.max()).astype(dtype), damping)
         damping = max(10 * damping, 1e-8)

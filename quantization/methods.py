@@ -97,7 +97,7 @@ class GPTQ(WeightOnly):
         return {**super().observes(args), "keep_hessian": True}
 
     def prepare(self, stats, args):
-        return stats.sample(), gptq_plan(stats.mean_hessian(), args.desc_act, args.percdamp)
+        return stats.sample(), gptq_plan(stats.hessian, args.desc_act, args.percdamp)
 
     def codes(self, ref, weight, plan, args) -> QuantizedWeight:
         return gptq(weight, plan, args.bits, args.group_size, args.sym, args.search_range, args.static_groups)
@@ -112,7 +112,7 @@ class AWQ(WeightOnly):
         return {**super().observes(args), "keep_hessian": args.auto_clip}
 
     def prepare(self, stats, args):
-        return stats.sample(), stats.mean_hessian() if args.auto_clip else None
+        return stats.sample(), stats.hessian if args.auto_clip else None
 
     def codes(self, ref, weight, plan, args) -> QuantizedWeight:
         if not args.auto_clip:
@@ -182,7 +182,7 @@ class A8W8GPTQ(A8W8):
     needs_hessian = True
 
     def prepare(self, stats, args):
-        return gptq_plan(stats.mean_hessian(), True, args.percdamp)
+        return gptq_plan(stats.hessian, True, args.percdamp)
 
     def codes(self, weight, plan, args) -> tuple:
         size = np.abs(weight).max(0)  # scales here are float32, and gptq() stores them in float16

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import kernels
-from kernels.fused import FusedMultiTransformer, FusedShape, Routing, Weight, gate_and_up, storage_missing, trim_memory
+from kernels.fused import FusedMultiTransformer, FusedShape, Routing, Weight, gate_and_up, storage_missing
 from kernels.rounding import round_to_nearest
 
 import numpy as np
@@ -291,7 +291,7 @@ def _free(*layers):
     for layer in layers:
         for tensor in (*layer.parameters(), *layer.buffers()):
             tensor._clear_data()
-    trim_memory()
+    kernels.trim_memory()
 
 
 def _shape(c, block_size, cache) -> FusedShape:

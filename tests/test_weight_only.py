@@ -221,7 +221,7 @@ def test_autoround_lowers_the_error_of_a_block_below_gptq_s():
             for groups in sequential_groups(block, net.config):
                 for group in groups:
                     (stats,) = calibration.observe(block, [refs[group.names[0]]], keep_hessian=True)
-                    plan = gptq.gptq_plan(stats.mean_hessian())
+                    plan = gptq.gptq_plan(stats.hessian)
                     for ref in (refs[n] for n in group.names):
                         weight = floats[next(n for n in refs if refs[n] is ref)].weight.numpy()
                         q = codes(ref, stats) if codes else gptq.gptq(weight, plan, 3, 16, True)
