@@ -142,14 +142,19 @@ class Calibration:
             with real_experts(block.mlp, real, every):
                 yield number, real, lambda: output()[0]
 
-    def observe(self, block, refs, keep_hessian=False, keep_rows=0):
+    def observe(self, block, refs, keep_hessian=False, keep_rows=0, expert_rows=None):
         """[ActivationStats] of the linears in `refs`, by running the block over all batches as far as they need it.
+
+        keep_rows: how many rows of the inputs are kept; expert_rows: of those of a routed expert, if not as many.
 
         An expert that got fewer tokens than FEW * its inputs is shown all of them besides, in a second run: so few say
         nothing of most directions of its inputs, and it may well get others of other texts. Its stats say so.
         """
-        per_batch = -(-keep_rows // max(1, len(self.items)))
-        recorders = [ActivationRecorder(s, ActivationStats(s.layer.n_in, keep_hessian, per_batch)) for s in refs]
+        recorders = []
+        for ref in refs:
+            rows = keep_rows if expert_rows is None or not ref.routed else expert_rows
+            stats = ActivationStats(ref.layer.n_in, keep_hessian, -(-rows // max(1, len(self.items))))
+            recorders.append(ActivationRecorder(ref, stats))
         for ref, recorder in zip(refs, recorders):
             setattr(ref.parent, ref.attribute, recorder)
         self._record(block, recorders)

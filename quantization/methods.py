@@ -145,7 +145,8 @@ class A8W8:
     whole_block, float_targets, needs_hessian = True, False, False
 
     def observes(self, args) -> dict:
-        return {"keep_rows": args.search_tokens * (STATISTICS_ROWS if args.smooth_piecewise_search else 1)}
+        rows = args.search_tokens  # of experts, of which SEARCHED together describe the channels
+        return {"keep_rows": rows * (STATISTICS_ROWS if args.smooth_piecewise_search else 1), "expert_rows": rows}
 
     def codes(self, weight, plan, args) -> tuple:
         """Codes (in, out) int8 and scales (out,)."""

@@ -590,6 +590,18 @@ def test_the_reported_error_is_that_of_the_outputs_on_sampled_tokens(keys):
     np.testing.assert_allclose(reported[48], exact, rtol=0.3)
 
 
+@paddle.no_grad()
+def test_experts_keep_fewer_rows_of_their_inputs():
+    """A search keeps rows of every linear of a block at once, and a block may have hundreds of experts."""
+    net = tiny_models.build("mixtral_window")
+    calibration, refs = Calibration(net, Texts(net), 2), linear_refs(net, 0)
+    names = ["attention.q_proj", "mlp.experts.0.gate_proj"]
+    args = make_args(do_ptq=True, smooth=True, smooth_piecewise_search=True, search_tokens=4)
+    wanted = methods.METHODS["a8w8"].observes(args)
+    found = calibration.observe(net.layers[0], [refs[name] for name in names], **wanted)
+    assert [len(stats.sample()) for stats in found] == [32, 4]
+
+
 def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
     net = tiny_models.build("mixtral_window")
     for block in net.layers:
