@@ -7,8 +7,10 @@ import kernels
 import bench_kernels
 import bench_qlora
 import bench_train
+import numpy as np
 import pytest
 import tiny_models
+from language_scores import Scores
 
 TINY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
             vocab_size=64)  # fmt: skip
@@ -133,3 +135,16 @@ def test_only_one_table(capsys):
     result = bench_kernels.main(["--small", "--turns", "1", "--only", "gemm"])
     assert "gemm" in result and not {"attention", "others"} & set(result)
     assert "attention" not in capsys.readouterr().out
+
+
+def test_scores_of_quantized_models():
+    """Two tokens, a vocabulary of two: by hand."""
+    right, found = np.log([[0.5, 0.5], [0.3, 0.7]]), np.log([[0.25, 0.75], [0.6, 0.4]])
+    scores = Scores()
+    scores.add(found.astype(np.float32), right.astype(np.float32), np.array([0, 1]))
+    losses, float_losses = -np.log([0.25, 0.4]), -np.log([0.5, 0.7])
+    divergence = [0.5 * np.log(0.5 / 0.25 * 0.5 / 0.75), 0.3 * np.log(0.3 / 0.6) + 0.7 * np.log(0.7 / 0.4)]
+    expected = {"ppl": np.exp(losses.mean()), "kl": np.mean(divergence), "accuracy": 0.0, "top1": 0.0}
+    expected["ppl_ratio_se"] = 100 * np.std(losses - float_losses) / np.sqrt(2)
+    figures = scores.figures()
+    assert {key: figures[key] for key in expected} == pytest.approx(expected, abs=1e-3)

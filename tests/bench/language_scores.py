@@ -35,16 +35,19 @@ class Scores:
     def add(self, logits: np.ndarray, float_logits: np.ndarray, labels: np.ndarray) -> None:
         """logits, float_logits (n, V) float32; labels (n,)."""
         found, right = log_softmax(logits), log_softmax(float_logits)
-        loss = -np.take_along_axis(found, labels[:, None], 1)[:, 0]
+        loss, float_loss = (-np.take_along_axis(x, labels[:, None], 1)[:, 0] for x in (found, right))
         divergence = (np.exp(right) * (right - found)).sum(-1)
         best = found.argmax(-1)
-        self.parts.append((loss, divergence, best == right.argmax(-1), best == labels))
+        self.parts.append((loss, float_loss, divergence, best == right.argmax(-1), best == labels))
 
     def figures(self) -> dict:
-        """ppl; kl: mean KL(float || model) in nats, and the 99th percentile; shares in %: top1 of tokens whose argmax
-        is the float model's, accuracy of those whose argmax is the text's next token."""
-        loss, divergence, same, right = (np.concatenate(part).astype(np.float64) for part in zip(*self.parts))
+        """ppl, and the standard error of its ratio to the float model's, in %, as if tokens were independent; kl: mean
+        KL(float || model) in nats, and the 99th percentile; shares in %: top1 of tokens whose argmax is the float
+        model's, accuracy of those whose argmax is the text's next token."""
+        columns = (np.concatenate(part).astype(np.float64) for part in zip(*self.parts))
+        loss, float_loss, divergence, same, right = columns
         found = {"ppl": np.exp(loss.mean()), "kl": divergence.mean(), "kl_p99": np.percentile(divergence, 99)}
+        found["ppl_ratio_se"] = 100 * (loss - float_loss).std() / np.sqrt(len(loss))
         found |= {"top1": 100 * same.mean(), "accuracy": 100 * right.mean()}
         return {key: round(float(value), 4) for key, value in found.items()}
 
