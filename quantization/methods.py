@@ -97,10 +97,11 @@ class GPTQ(WeightOnly):
         return {**super().observes(args), "keep_hessian": True}
 
     def prepare(self, stats, args):
-        return stats.sample(), gptq_plan(stats.hessian, args.desc_act, args.percdamp)
+        how = args.group_size, args.desc_act, args.percdamp, args.static_groups
+        return stats.sample(), gptq_plan(stats.hessian, *how)
 
     def codes(self, ref, weight, plan, args) -> QuantizedWeight:
-        return gptq(weight, plan, args.bits, args.group_size, args.sym, args.search_range, args.static_groups)
+        return gptq(weight, plan, args.bits, args.sym, args.search_range)
 
 
 class AWQ(WeightOnly):
@@ -183,7 +184,7 @@ class A8W8GPTQ(A8W8):
     needs_hessian = True
 
     def prepare(self, stats, args):
-        return gptq_plan(stats.hessian, True, args.percdamp)
+        return gptq_plan(stats.hessian, desc_act=True, percdamp=args.percdamp)
 
     def codes(self, weight, plan, args) -> tuple:
         size = np.abs(weight).max(0)  # scales here are float32, and gptq() stores them in float16

@@ -156,8 +156,8 @@ def output_error(weight, rounded, hessian):
 
 def solve(weight, hessian, bits, group_size=-1, sym=True, desc_act=False, percdamp=0.01, search_range=True):
     """(QuantizedWeight, damping) by the two steps in one."""
-    plan = gptq.gptq_plan(hessian, desc_act, percdamp)
-    return gptq.gptq(weight, plan, bits, group_size, sym, search_range), plan.damping
+    plan = gptq.gptq_plan(hessian, group_size, desc_act, percdamp)
+    return gptq.gptq(weight, plan, bits, sym, search_range), plan.damping
 
 
 def logits(net, seed=0, T=20):
@@ -232,8 +232,14 @@ def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp, stati
     ranges, output by output."""
     n_in = len(weight)
     hessian = hessian + percdamp * np.mean(np.diag(hessian)) * np.eye(n_in)
-    order = np.argsort(-np.diag(hessian), kind="stable") if desc_act else np.arange(n_in)
     size, found = n_in if group_size == -1 else group_size, []
+    order, groups = np.argsort(-np.diag(hessian), kind="stable"), np.arange(n_in) // size  # groups: in this order
+    if not desc_act:  # a group after another, the one with the largest row first
+        members = [np.flatnonzero(np.arange(n_in) // size == group) for group in range(groups[-1] + 1)]
+        members = [own[np.argsort(-np.diag(hessian)[own], kind="stable")] for own in members]
+        members.sort(key=lambda own: -np.diag(hessian)[own[0]])
+        order = np.concatenate(members)
+        groups = order // size
     inverses = [np.linalg.inv(hessian[np.ix_(order[k:], order[k:])]) for k in range(n_in)]
     importance = np.empty(n_in)
     importance[order] = [1 / inverse[0, 0] for inverse in inverses]
@@ -250,8 +256,8 @@ def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp, stati
             if static:
                 own = np.arange(row // size * size, min(row // size * size + size, n_in))
                 scale, zero = grid(weight[own], own, searches)
-            elif place % size == 0:
-                own = order[place : place + size]
+            elif place == 0 or groups[place] != groups[place - 1]:
+                own = order[groups == groups[place]]
                 scale, zero = grid(left[own], own, searches)
             result[row] = scale * (rounding.quantize_to_codes(left[row], scale, zero, bits).astype(np.float64) - zero)
             left[order[place:]] -= np.outer(inverse[0] / inverse[0, 0], left[row] - result[row])

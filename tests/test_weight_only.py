@@ -221,10 +221,10 @@ def test_autoround_lowers_the_error_of_a_block_below_gptq_s():
             for groups in sequential_groups(block, net.config):
                 for group in groups:
                     (stats,) = calibration.observe(block, [refs[group.names[0]]], keep_hessian=True)
-                    plan = gptq.gptq_plan(stats.hessian)
+                    plan = gptq.gptq_plan(stats.hessian, 16)
                     for ref in (refs[n] for n in group.names):
                         weight = floats[next(n for n in refs if refs[n] is ref)].weight.numpy()
-                        q = codes(ref, stats) if codes else gptq.gptq(weight, plan, 3, 16, True)
+                        q = codes(ref, stats) if codes else gptq.gptq(weight, plan, 3)
                         new = model.Linear(*weight.shape, bias=False)
                         model.set_parameter(new.weight, q.weight())
                         setattr(ref.parent, ref.attribute, new)
@@ -264,16 +264,13 @@ def test_targets_of_a_block_are_the_float_model_s(monkeypatch):
 def test_static_groups_equal_the_plain_algorithm(bits, size, sym, desc_act):
     x, weight = layer_problem(56, 7, 300, rank=20)
     weight, hessian = weight.astype(np.float64), mean_hessian(x)
-    plan = gptq.gptq_plan(hessian, desc_act)
-    found = gptq.gptq(weight, plan, bits, size, sym, False, True)
+    plan = gptq.gptq_plan(hessian, size, desc_act, static_groups=True)
+    found = gptq.gptq(weight, plan, bits, sym, search_range=False)
     expected = plain_gptq(weight, hessian, bits, size, sym, desc_act, 0.01, static=True)
     np.testing.assert_allclose(found.weight(), expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(found.groups, np.arange(56) // size)
     nearest = rounding.round_to_nearest(weight.astype(np.float32), bits, size, sym)
-    errors = [
-        output_error(weight, q.weight(), hessian)
-        for q in (gptq.gptq(weight, plan, bits, size, sym, True, True), nearest)
-    ]
+    errors = [output_error(weight, q.weight(), hessian) for q in (gptq.gptq(weight, plan, bits, sym), nearest)]
     assert errors[0] < 0.7 * errors[1]
 
 
