@@ -121,18 +121,20 @@ def bfloat16_products() -> Iterator[None]:
 
 
 def block_error(block: nn.Layer, calibration: Calibration, targets: list) -> float:
-    """Mean of ||output - target||^2 / ||target||^2 over all tokens."""
+    """Mean of weighted_errors() over all tokens."""
     runs = calibration.run(block)
-    errors = [relative_errors(real_rows(output(), real), targets[number]) for number, real, output in runs]
+    errors = [weighted_errors(real_rows(output(), real), targets[number]) for number, real, output in runs]
     return float(paddle.concat(errors).mean())
 
 
-def relative_errors(output: paddle.Tensor, target: paddle.Tensor) -> paddle.Tensor:
-    """(tokens,): ||output - target||^2 / ||target||^2 of each token.
+def weighted_errors(output: paddle.Tensor, target: paddle.Tensor) -> paddle.Tensor:
+    """(tokens,): ||output - target||^2 of each token, divided by ||target|| and by the mean of that.
 
     Squares alone would be those of a few tokens, such as the first, whose hidden states are hundreds of times as large
-    and which the next norm makes as large as others."""
-    return (output - target).square().sum(-1) / (target.square().sum(-1) + 1e-12)
+    and which the next norm makes as large as others. But all tokens attend to these few, and ||target||^2 makes too
+    little of them (SmolLM2, 4 bits in groups of 128: perplexity 15.08, here 14.81)."""
+    size = target.square().sum(-1).sqrt()
+    return (output - target).square().sum(-1) / (size * size.mean() + 1e-12)
 
 
 def learn(
@@ -151,7 +153,7 @@ def learn(
         while done < steps:
             with contextlib.closing(calibration.run(block)) as batches:
                 for number, real, output in itertools.islice(batches, steps - done):
-                    relative_errors(real_rows(output(), real), targets[number]).mean().backward()
+                    weighted_errors(real_rows(output(), real), targets[number]).mean().backward()
                     learned = [linear for linear in linears if linear.rounded.grad is not None]  # experts with tokens
                     rates = [rate * (1 - done / steps)] * len(learned)
                     for linear, rounded in zip(learned, pool.map(RoundedLinear.step, learned, rates)):
