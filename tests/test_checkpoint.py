@@ -2,7 +2,8 @@
 
 python -m pytest tests/test_checkpoint.py                   # about a minute
 python -m pytest tests/test_checkpoint.py --slow            # also on 4 and 8 ranks, and 30 kills
-python tests/test_checkpoint.py --readme                    # all pairs of topologies, as README's table
+export PYTHONPATH=.:tests/golden:tests/ranks:tests/bench
+python tests/test_checkpoint.py --readme      # all pairs of topologies, as README's table
 """
 
 import argparse

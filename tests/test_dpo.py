@@ -2,7 +2,8 @@
 
     python -m pytest tests/test_dpo.py                                   # CPU, no torch, about 20 s
     python -m pytest tests/test_dpo.py --hf-python PYTHON_WITH_TRL       # and TRL's losses computed again over there
-    PYTHONPATH=. python tests/test_dpo.py PYTHON_WITH_TRL                # write tests/golden/dpo_trl.json anew
+    export PYTHONPATH=.:tests/golden:tests/ranks:tests/bench
+    python tests/test_dpo.py PYTHON_WITH_TRL      # write tests/golden/dpo_trl.json anew
 
 tests/golden/dpo_trl.json holds what TRL 1.16 computes for two small models of golden_weights.py; RECIPE made it.
 """

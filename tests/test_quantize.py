@@ -1,11 +1,9 @@
 """quantize.py: codes and packing, GPTQ, shift and smoothing, the script, and the table of methods on planted outliers.
 
 python -m pytest tests/test_quantize.py            # CPU, under 40 seconds
-python tests/test_quantize.py                      # the whole table (some minutes)
+python -m pytest tests/test_quantize.py -k figures_of_every_method --slow -s       # prints the whole table (minutes)
 """
 
-import contextlib
-import io
 import json
 from pathlib import Path
 
@@ -1110,8 +1108,9 @@ def test_methods_rank_as_they_should_on_planted_outliers():
     assert solved < nearest, (solved, nearest)
 
 
-def table():
-    """The figures of every method, without and with planted outliers, as a Markdown table."""
+@pytest.mark.slow
+def test_figures_of_every_method():
+    """With -s: a table in Markdown, without and with planted outliers."""
     train, dev = make_loader(256, 8), make_loader(256, 8, split="dev")
     worlds = {"as it is": None, "scaled x 30": SCALED, "scaled x 30 and off centre": OFF_CENTRE}
     whole = measure(train, dev, 0)
@@ -1136,8 +1135,3 @@ def table():
             line(f"W{bits} groups of {group_size}, round to nearest", do_ptq=True, **keys)
             line(f"W{bits} groups of {group_size}, GPTQ", do_gptq=True, **keys)
             line(f"W{bits} groups of {group_size}, GPTQ, act order", do_gptq=True, desc_act=True, **keys)
-
-
-if __name__ == "__main__":
-    with contextlib.redirect_stderr(io.StringIO()):
-        table()

@@ -2,7 +2,8 @@
 
 python -m pytest tests/test_rl.py                                   # CPU, no torch, about 40 s
 python -m pytest tests/test_rl.py --hf-python PYTHON_WITH_TRL       # and TRL 1.16 computes the numbers again
-PYTHONPATH=. python tests/test_rl.py PYTHON_WITH_TRL                # write tests/golden/rl_trl.json anew
+export PYTHONPATH=.:tests/golden:tests/ranks:tests/bench
+python tests/test_rl.py PYTHON_WITH_TRL      # write tests/golden/rl_trl.json anew
 """
 
 import http.server

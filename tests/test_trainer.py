@@ -1,7 +1,8 @@
 """trainer.py: arguments, output folder, schedule, AdamW, checkpoints under kill -9 and on a full disk, log, metrics.
 
 python -m pytest tests/test_trainer.py              # two CPU cores, about a minute
-python tests/test_trainer.py FOLDER 300             # the kill -9 harness alone, with as many kills as you like
+export PYTHONPATH=.:tests/golden:tests/ranks:tests/bench
+python tests/test_trainer.py FOLDER 300      # the kill -9 harness alone, with as many kills as you like
 """
 
 import dataclasses
