@@ -11,7 +11,7 @@ Embeddings, norms and the head stay floats. The same command goes on after a kil
 One pass over the model, block by block: a block's linears see the outputs of the quantized blocks before it, and an
 expert's linears see the tokens routed to it. Memory: the model (each float weight is freed when its integers are
 there), the hidden states of the calibration tokens (see quantization/calibration.py), one batch in flight, and for
-linears that share an input one Hessian (n_in^2 float32, eight times that besides while it is factored; for experts as
+linears that share an input one Hessian (n_in^2 float32, three times that besides while it is factored; for experts as
 many as HESSIAN_BYTES holds). Calibration tokens: gptq_step or ptq_step * per_device_train_batch_size * max_length.
 
 Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
@@ -93,9 +93,9 @@ class Args(ScriptArgs):
     sym: bool = True  # weights alone: zero point in the middle; false: one per group
     autoclip_step: int = 8  # auto_clip: calibration batches
     gptq_step: int = 8  # calibration batches of weight-only quantization without these two
-    desc_act: bool = False  # GPTQ: rows by the size of their inputs; costs a look-up of groups at run time
+    desc_act: bool = False  # GPTQ: groups by the size of inputs, not by position; costs a look-up at run time
     percdamp: float = 0.01  # GPTQ: damping, a share of the Hessian's mean diagonal
-    static_groups: bool = False  # GPTQ: groups by position, whatever the order; no look-up at run time
+    static_groups: bool = False  # GPTQ: beside desc_act, groups stay runs by position; no look-up at run time
     search_range: bool = True  # GPTQ: also try smaller ranges for each scale; false: abs max alone
     autoround_iters: int = 200  # do_autoround: steps a block, each on one calibration batch
     autoround_lr: float | None = None  # how far the first step moves; None: 1 / autoround_iters

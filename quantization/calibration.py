@@ -41,7 +41,7 @@ class ActivationStats:
 
     def __init__(self, n, keep_hessian, keep_rows):
         self.n, self.tokens, self.rows_per_batch = n, 0, keep_rows
-        self.hessian = np.zeros((n, n), np.float32) if keep_hessian else None  # X^T X; no method minds a factor
+        self.hessian = np.zeros((n, n), np.float32) if keep_hessian else None  # X^T X; methods take it up to a factor
         self.note = ""  # what the report says of these inputs
         self.low, self.high, self.rows = [], [], []  # a batch: (n,) least, (n,) largest, (rows_per_batch, n)
         self.token_max = []  # a batch: (tokens,) the largest |x| of each
@@ -145,7 +145,7 @@ class Calibration:
     def observe(self, block, refs, keep_hessian=False, keep_rows=0, expert_rows=None):
         """[ActivationStats] of the linears in `refs`, by running the block over all batches as far as they need it.
 
-        keep_rows: how many rows of the inputs are kept; expert_rows: of those of a routed expert, if not as many.
+        keep_rows: how many rows of the inputs are kept; expert_rows: the same of a routed expert; None: keep_rows.
 
         An expert that got fewer tokens than FEW * its inputs is shown all of them besides, in a second run: so few say
         nothing of most directions of its inputs, and it may well get others of other texts. Its stats say so.

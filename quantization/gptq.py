@@ -4,7 +4,6 @@ plan = gptq_plan(hessian, group_size=128, desc_act=True)    # once for all linea
 quantized = gptq(weight, plan, bits=4)                      # QuantizedWeight: codes, scales, zeros, groups
 """
 
-import contextlib
 import itertools
 import math
 from typing import NamedTuple
@@ -51,7 +50,7 @@ class GPTQPlan(NamedTuple):
 
 
 def cholesky_(a: np.ndarray, block: int = 256) -> None:
-    """Turn a symmetric a (n, n) into L, lower triangular, a = L L^T, in place: NumPy's takes three times the memory.
+    """Turn a symmetric a (n, n) into L, lower triangular, a = L L^T, in place; NumPy's takes two copies of it.
 
     Raises LinAlgError if a is not positive definite."""
     for start in range(0, len(a), block):
@@ -62,8 +61,26 @@ def cholesky_(a: np.ndarray, block: int = 256) -> None:
         a[:start, own] = 0
 
 
+def scaled_factor(hessian: np.ndarray, order: np.ndarray, diagonal: np.ndarray) -> tuple | None:
+    """(feedback (in, in), importance (in,)) of a GPTQPlan for the Hessian with this diagonal, both in the given order;
+    None if it is not positive definite."""
+    last_first, triangle = order[::-1], np.empty(hessian.shape)
+    for start in range(0, len(triangle), 256):  # no second copy
+        triangle[start : start + 256] = hessian[np.ix_(last_first[start : start + 256], last_first)]
+    np.fill_diagonal(triangle, diagonal[last_first])
+    try:
+        cholesky_(triangle)
+    except np.linalg.LinAlgError:
+        return None
+    factor = triangle[::-1, ::-1]
+    own = factor.diagonal().copy()
+    factor /= own
+    feedback = np.ascontiguousarray(factor, hessian.dtype)
+    return (feedback, np.square(own / own.max()).astype(hessian.dtype)) if np.isfinite(feedback).all() else None
+
+
 def order_and_groups(sizes: np.ndarray, group_size: int, desc_act: bool, static_groups: bool) -> tuple:
-    """(in,) the order of the rows and the group of each in it; sizes (in,): mean squares of their inputs.
+    """(in,) the order of the rows and the group of each in it; sizes (in,): sums of squares of their inputs.
 
     With desc_act the largest comes first, whatever its group; groups are runs of this order unless they are static.
     Without it groups are runs by position, which need no look-up when the weight is used: the group with the largest
@@ -98,21 +115,10 @@ def gptq_plan(
     diagonal = hessian.diagonal().astype(np.float64)
     diagonal[diagonal <= 0] = float(np.mean(diagonal)) or 1.0
     order, groups = order_and_groups(diagonal, group_size, desc_act, static_groups)
-    last_first, dtype = order[::-1], hessian.dtype
     mean, damping = max(float(np.mean(diagonal)), np.finfo(np.float64).tiny), percdamp
-    while True:
-        damped = hessian[np.ix_(last_first, last_first)].astype(np.float64)
-        np.fill_diagonal(damped, diagonal[last_first] + damping * mean)
-        with contextlib.suppress(np.linalg.LinAlgError):
-            cholesky_(damped)
-            factor = damped[::-1, ::-1]
-            own = factor.diagonal().copy()
-            factor /= own
-            feedback = np.ascontiguousarray(factor, dtype)
-            if np.isfinite(feedback).all():
-                importance = np.square(own / own.max()).astype(dtype)
-                return GPTQPlan(order, groups, feedback, importance, damping, static_groups)
+    while (found := scaled_factor(hessian, order, diagonal + damping * mean)) is None:
         damping = max(10 * damping, 1e-8)
+    return GPTQPlan(order, groups, *found, damping, static_groups)
 
 
 def gptq(weight: np.ndarray, plan: GPTQPlan, bits: int, sym: bool = True, search_range: bool = True) -> QuantizedWeight:

@@ -146,7 +146,7 @@ class A8W8:
     whole_block, float_targets, needs_hessian = True, False, False
 
     def observes(self, args) -> dict:
-        rows = args.search_tokens  # of experts, of which SEARCHED together describe the channels
+        rows = args.search_tokens  # an expert keeps fewer: those that read one norm are described together
         return {"keep_rows": rows * (STATISTICS_ROWS if args.smooth_piecewise_search else 1), "expert_rows": rows}
 
     def codes(self, weight, plan, args) -> tuple:
@@ -184,7 +184,7 @@ class A8W8GPTQ(A8W8):
     needs_hessian = True
 
     def prepare(self, stats, args):
-        return gptq_plan(stats.hessian, desc_act=True, percdamp=args.percdamp)
+        return gptq_plan(stats.hessian, percdamp=args.percdamp)
 
     def codes(self, weight, plan, args) -> tuple:
         size = np.abs(weight).max(0)  # scales here are float32, and gptq() stores them in float16

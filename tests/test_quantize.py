@@ -271,7 +271,10 @@ def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp, stati
 def test_gptq_equals_the_plain_algorithm(bits, group_size, sym, desc_act, block, columns, search, monkeypatch):
     """Also groups that do not divide the rows, blocks that do not divide the groups, and outputs in parts."""
     x, weight = layer_problem(61, 16, 300, rank=20)
+    x[:, 58] *= 50  # the last group, which may be shorter, comes first
     weight, hessian = weight.astype(np.float64), mean_hessian(x)
+    if group_size != -1 and not desc_act:
+        assert gptq.gptq_plan(hessian, group_size).groups[0] == 60 // group_size > 0
     monkeypatch.setattr(gptq.gptq_solve, "__defaults__", (block,))
     monkeypatch.setattr(gptq, "COLUMNS", columns)
     found, damping = solve(weight, hessian, bits, group_size, sym, desc_act, 0.01, search_range=search)
@@ -330,7 +333,7 @@ def test_the_error_is_at_most_that_of_gptqmodel(case):
     assert output_error(weight, found.weight(), mean_hessian(x)) <= GPTQMODEL[case]
 
 
-def test_a_hessian_that_is_not_positive_definite_gets_more_damping():
+def test_a_hessian_that_is_not_positive_definite_gets_more_damping(monkeypatch):
     x, weight = layer_problem(64, 16, 20)  # fewer tokens than inputs: singular
     found, damping = solve(weight, mean_hessian(x), 4, percdamp=0.0)
     assert damping > 0 and np.isfinite(found.weight()).all()
@@ -338,6 +341,9 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_damping():
     found, damping = solve(weight, broken, 4, percdamp=0.01)
     assert damping in (1.0, 10.0) and np.isfinite(found.weight()).all()
     plan = gptq.gptq_plan(mean_hessian(x), desc_act=True)
+    monkeypatch.setattr(gptq.cholesky_, "__defaults__", (16,))  # several blocks
+    again = gptq.gptq_plan(mean_hessian(x), desc_act=True)
+    np.testing.assert_allclose(again.feedback, plan.feedback, rtol=1e-9, atol=1e-9)
     damped = mean_hessian(x) + plan.damping * np.mean(np.diag(mean_hessian(x))) * np.eye(64)
     found, expected = (plan.feedback * plan.importance) @ plan.feedback.T, damped[np.ix_(plan.order, plan.order)]
     np.testing.assert_allclose(found * expected[-1, -1] / found[-1, -1], expected, rtol=1e-8)
@@ -351,8 +357,10 @@ def test_cholesky_in_place_is_numpy_s(n):
     expected = np.linalg.cholesky(found)
     gptq.cholesky_(found, block=64)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    found = np.eye(n)
+    found[-1, -1] = -1
     with pytest.raises(np.linalg.LinAlgError):
-        gptq.cholesky_(-np.eye(n), block=64)
+        gptq.cholesky_(found, block=64)
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
@@ -1117,10 +1125,14 @@ def test_figures_of_every_method():
     print(f"demo/llama, dev of demo/sft: perplexity {whole['ppl']:.4f}, token accuracy {whole['accuracy']:.4f}")
     print("| method | " + " | ".join(f"{name}: ppl, error %" for name in worlds) + " |\n|---|" + "---|" * len(worlds))
 
+    errors = {}  # by line, where channels are scaled
+
     def line(name, **keys):
         cells = []
-        for planted in worlds.values():
+        for world, planted in worlds.items():
             found = measure(train, dev, 2, planted, **keys)
+            if world == "scaled x 30":
+                errors[name] = found["error"]
             cells.append(
                 f"{found['ppl']:.4f} ({100 * (found['ppl'] / whole['ppl'] - 1):+.2f} %), {100 * found['error']:.2f}"
             )
@@ -1135,3 +1147,9 @@ def test_figures_of_every_method():
             line(f"W{bits} groups of {group_size}, round to nearest", do_ptq=True, **keys)
             line(f"W{bits} groups of {group_size}, GPTQ", do_gptq=True, **keys)
             line(f"W{bits} groups of {group_size}, GPTQ, act order", do_gptq=True, desc_act=True, **keys)
+    for name in ("A8W8 per_tensor", "A8W8 per_token"):
+        assert errors[f"{name}, smooth"] < 0.2 * errors[f"{name}, naive"]
+        assert errors[f"{name}, the same, all linears"] < errors[f"{name}, shift, smooth, search"]
+    for size in (128, 64, 32):
+        start = f"W4 groups of {size}, "
+        assert errors[f"{start}GPTQ, act order"] < errors[f"{start}GPTQ"] < 0.7 * errors[f"{start}round to nearest"]

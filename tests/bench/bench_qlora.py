@@ -59,7 +59,7 @@ class Case:
 
 
 def measure(options):
-    """{case: {"seconds": of each step, "peak_rss_mb", "loss"}}; the cases alternate."""
+    """{case: {"seconds": of each step, "peak_rss_mb", "loss", "trainable"}}; the cases alternate."""
     shape = ["--batch", str(options.batch), "--seq", str(options.seq), "--reps", str(options.reps)]
     cases = {}
     for name in options.cases:

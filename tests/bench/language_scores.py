@@ -41,9 +41,9 @@ class Scores:
         self.parts.append((loss, float_loss, divergence, best == right.argmax(-1), best == labels))
 
     def figures(self) -> dict:
-        """ppl, and the standard error of its ratio to the float model's, in %, as if tokens were independent; kl: mean
-        KL(float || model) in nats, and the 99th percentile; shares in %: top1 of tokens whose argmax is the float
-        model's, accuracy of those whose argmax is the text's next token."""
+        """ppl, and the standard error of its ratio to the float model's, in % of that ratio, as if tokens were
+        independent; kl: mean KL(float || model) in nats, and the 99th percentile; shares in %: top1 of tokens whose
+        argmax is the float model's, accuracy of those whose argmax is the text's next token."""
         columns = (np.concatenate(part).astype(np.float64) for part in zip(*self.parts))
         loss, float_loss, divergence, same, right = columns
         found = {"ppl": np.exp(loss.mean()), "kl": divergence.mean(), "kl_p99": np.percentile(divergence, 99)}
