@@ -125,7 +125,7 @@ def gptq(weight: np.ndarray, plan: GPTQPlan, bits: int, sym: bool = True, search
     """QuantizedWeight of a weight (in, out), row by row; later rows compensate for each row's error (arXiv 2210.17323).
 
     Scales are fitted to a group's corrected weights when it is reached; static_groups: to the weight as it was, which
-    made errors 1 to 5 % larger in four cases of five, but goes with any order of the rows.
+    goes with any order of the rows.
 
     search_range: solve with abs-max ranges and with searched ones and take the better per output column (columns are
     independent), so the loss is never larger than without it.
